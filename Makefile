@@ -1,0 +1,55 @@
+# Every target sets up what it needs: a virtual environment in .venv with the package, editable, and its development tools.
+#
+#   make demo                      the embedded model through every method
+#   make test PYTHON=python3.12    another interpreter for the environment (only when .venv is first made)
+#   make test PYTEST_FLAGS=-x      more flags for pytest; BENCH_FLAGS likewise for the benchmarks
+
+PYTHON ?= python3
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+
+# PyPI's torch for Linux is a CUDA build of several gigabytes. A machine without an NVIDIA GPU takes the CPU build of the same
+# release instead. Where that index does not answer (a mirror, an offline wheel folder), pip's own configuration decides.
+# `make CPU_INDEX= ...` skips it.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH     := $(shell sed -n 's/^torch==//p' constraints.txt)
+ANSWERS   := import signal, urllib.request as r; signal.alarm(6); r.urlopen("$(CPU_INDEX)/torch/", timeout=3)
+
+.PHONY: help demo test test-all lint bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+demo: $(STAMP)  ## quantize the embedded model with every method; a table, and a page with pictures
+	$(BIN)/halfbyte demo
+
+test: $(STAMP)  ## the quick tests
+	$(BIN)/pytest $(PYTEST_FLAGS)
+
+test-all: $(STAMP)  ## the slow tests too
+	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
+
+lint: $(STAMP)  ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## every benchmark in bench/; BENCH_FLAGS=--smoke for a tiny run of each
+	@for script in $(wildcard bench/*.py); do \
+		echo "$$script $(BENCH_FLAGS)"; $(BIN)/python $$script $(BENCH_FLAGS) || exit 1; done
+
+clean:  ## remove caches and outputs (keeps .venv)
+	rm -rf build dist halfbyte-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or \
+		sys.exit("halfbyte needs Python 3.10 or newer, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2])'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@if [ -n "$(CPU_INDEX)" ] && [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null \
+		&& $(BIN)/python -c '$(ANSWERS)' 2>/dev/null; \
+	then set -- "torch==$(TORCH)+cpu" --extra-index-url "$(CPU_INDEX)"; else set -- "torch==$(TORCH)"; fi; \
+	echo "pip install $$*"; $(BIN)/pip install "$$@" -c constraints.txt
+	$(BIN)/pip install -e '.[dev]' -c constraints.txt
+	@touch $@

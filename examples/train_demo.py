@@ -1,0 +1,258 @@
+"""Train the denoiser that halfbyte ships: a small DDPM UNet, on a CPU in two hours or on a GPU in minutes.
+
+    python examples/train_demo.py --data fashion-mnist-train.parquet --output runs/demo --minutes 110
+    python examples/train_demo.py --data cifar10-train.parquet --output runs/cifar10 --width 128 --batch-size 256
+
+Data is a parquet file in the Hub's image layout (a column `image` or `img` holding {bytes, path}). Grey images give the
+embedded demo model (4 levels, width 32); colour images give the DDPM CIFAR-10 UNet of Ho et al. 2020 (width 128, multipliers
+1 2 2 2, attention at 16x16, dropout 0.1). Batches are a pure function of (seed, step, process), so a run that was stopped, by
+Ctrl-C, SIGTERM or a power cut, continues with the same command where its last checkpoint was.
+"""
+
+import argparse
+import io
+import json
+import math
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+SIDE = 32
+
+
+def load_images(path: Path) -> Tensor:
+    """Every image of a parquet file as uint8 (N, C, 32, 32); smaller ones are padded with black on all sides."""
+    table = pq.read_table(path)
+    column = next((name for name in ("image", "img") if name in table.column_names), None)
+    if column is None:
+        raise SystemExit(f"{path} has columns {table.column_names}; one of them must be 'image' or 'img'.")
+    images = [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table[column].to_pylist()]
+    pixels = torch.from_numpy(np.stack(images))
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    if (pixels == pixels[:, :1]).all():  # grey images are often stored as RGB
+        pixels = pixels[:, :1]
+    height, width = SIDE - pixels.shape[2], SIDE - pixels.shape[3]
+    if height < 0 or width < 0:
+        raise SystemExit(f"{path} holds images of {tuple(pixels.shape[2:])}; at most {SIDE}x{SIDE} is supported.")
+    return F.pad(pixels, (width // 2, width - width // 2, height // 2, height - height // 2)).contiguous()
+
+
+def build_unet(channels: int, width: int) -> UNet2DModel:
+    """The demo's UNet for one channel, the DDPM CIFAR-10 UNet for three."""
+    if channels == 1:
+        multipliers, attention_level, layers, dropout, head = (1, 2, 4, 4), 2, 1, 0.0, 32
+    else:
+        multipliers, attention_level, layers, dropout, head = (1, 2, 2, 2), 1, 2, 0.1, None
+    levels = range(len(multipliers))
+    down = tuple("AttnDownBlock2D" if level == attention_level else "DownBlock2D" for level in levels)
+    up = tuple("AttnUpBlock2D" if level == attention_level else "UpBlock2D" for level in reversed(levels))
+    return UNet2DModel(
+        sample_size=SIDE,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=layers,
+        block_out_channels=tuple(width * factor for factor in multipliers),
+        down_block_types=down,
+        up_block_types=up,
+        norm_num_groups=min(32, width // 2),
+        attention_head_dim=head,
+        dropout=dropout,
+    )
+
+
+@dataclass
+class Clock:
+    """Where the run stands. Progress is the nearer of its two ends: steps done or minutes spent."""
+
+    total_steps: int
+    total_minutes: float
+    step: int = 0
+    seconds: float = 0.0
+
+    @property
+    def progress(self) -> float:
+        return max(self.step / self.total_steps, self.seconds / 60 / self.total_minutes)
+
+    def learning_rate(self, peak: float, warmup: int = 250) -> float:
+        """Linear warm-up, then half a cosine down to 1 % of the peak."""
+        decay = 0.505 + 0.495 * math.cos(math.pi * min(self.progress, 1.0))
+        return peak * min(1.0, (self.step + 1) / warmup) * decay
+
+    def state_dict(self) -> dict[str, float]:
+        return {"step": self.step, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+
+
+class Trainer:
+    """Model, optimizer, EMA and clock of one run; everything that a checkpoint must hold."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.accelerator = Accelerator(mixed_precision="no" if options.float32 else "bf16")
+        set_seed(options.seed)
+        self.images = load_images(options.data).to(self.accelerator.device)
+        channels = self.images.shape[1]
+        self.flip = channels == 3
+        net = build_unet(channels, options.width or (32 if channels == 1 else 128))
+        net = net.to(self.accelerator.device, memory_format=torch.channels_last)
+        self.ema = EMAModel(net.parameters(), decay=options.ema, use_ema_warmup=True, power=0.75, foreach=True)
+        self.ema.to(self.accelerator.device)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
+        self.net, self.optimizer = self.accelerator.prepare(net, optimizer)
+        self.forward = self.net if options.no_compile else torch.compile(self.net)
+        self.scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=True)
+        self.alphas = self.scheduler.alphas_cumprod.to(self.accelerator.device)
+        self.clock = Clock(options.steps, options.minutes)
+        self.accelerator.register_for_checkpointing(self.ema, self.clock)
+
+    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean images, noise and timesteps of this step, drawn from (seed, step, process) alone."""
+        device, size = self.images.device, self.options.batch_size // self.accelerator.num_processes
+        draw = torch.Generator(device).manual_seed(
+            (self.options.seed * 1_000_003 + self.clock.step) * 1024 + self.accelerator.process_index
+        )
+        index = torch.randint(len(self.images), (size,), generator=draw, device=device)
+        clean = self.images[index].float() / 127.5 - 1
+        if self.flip:
+            mirrored = torch.rand(size, generator=draw, device=device) < 0.5
+            clean = torch.where(mirrored[:, None, None, None], clean.flip(-1), clean)
+        noise = torch.randn(clean.shape, generator=draw, device=device)
+        timesteps = torch.randint(1000, (size,), generator=draw, device=device)
+        return clean.contiguous(memory_format=torch.channels_last), noise, timesteps
+
+    def step(self) -> Tensor:
+        """One optimizer step of the plain epsilon loss (Ho et al. 2020, eq. 14)."""
+        rate = self.clock.learning_rate(self.options.learning_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        clean, noise, timesteps = self.batch()
+        signal_part = self.alphas[timesteps].view(-1, 1, 1, 1)
+        noisy = signal_part.sqrt() * clean + (1 - signal_part).sqrt() * noise
+        with self.accelerator.autocast():
+            predicted = self.forward(noisy, timesteps, return_dict=False)[0]
+        loss = F.mse_loss(predicted.float(), noise)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.accelerator.unwrap_model(self.net).parameters())
+        return loss.detach()
+
+    def save_checkpoint(self) -> None:
+        """Into a fresh folder, then swapped in, so that a stop during the write loses nothing."""
+        final = self.options.output / "checkpoint"
+        fresh, old = final.with_name("checkpoint.new"), final.with_name("checkpoint.old")
+        self.accelerator.save_state(str(fresh))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            remove_tree(old)
+            if final.exists():
+                final.rename(old)
+            fresh.rename(final)
+            remove_tree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load_checkpoint(self) -> None:
+        for name in ("checkpoint", "checkpoint.old"):
+            folder = self.options.output / name
+            if folder.exists():
+                self.accelerator.load_state(str(folder))
+                self.accelerator.print(f"continuing from step {self.clock.step}, {self.clock.seconds / 60:.0f} min in")
+                return
+
+    def save_pipeline(self) -> None:
+        """The EMA weights as a bf16 DDIMPipeline, and a grid of samples to look at."""
+        net = self.accelerator.unwrap_model(self.net)
+        self.ema.store(net.parameters())
+        self.ema.copy_to(net.parameters())
+        copy = UNet2DModel.from_config(net.config)
+        copy.load_state_dict(net.state_dict())
+        self.ema.restore(net.parameters())
+        pipe = DDIMPipeline(copy.to(torch.bfloat16), self.scheduler)
+        pipe.save_pretrained(self.options.output / "model", max_shard_size="16MB")
+        pipe.unet.to(self.images.device, torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        pixels = pipe(64, torch.Generator("cpu").manual_seed(0), num_inference_steps=50, output_type="np").images
+        tiles = pixels.reshape(8, 8, SIDE, SIDE, -1).transpose(0, 2, 1, 3, 4).reshape(8 * SIDE, 8 * SIDE, -1)
+        Image.fromarray((tiles.squeeze(-1) * 255 if tiles.shape[-1] == 1 else tiles * 255).round().astype("uint8")).resize(
+            (16 * SIDE, 16 * SIDE), Image.Resampling.NEAREST
+        ).save(self.options.output / "samples.png")
+
+
+def remove_tree(folder: Path) -> None:
+    if folder.exists():
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        folder.rmdir()
+
+
+def train(trainer: Trainer) -> None:
+    """Run to the end of the clock; checkpoints every few minutes and when asked to stop."""
+    options, clock, main = trainer.options, trainer.clock, trainer.accelerator.is_main_process
+    stop = {"asked": False}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.update(asked=True))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    last_save, smoothed = clock.seconds, None
+    with Progress(*columns, disable=not main) as bar, open(options.output / "log.jsonl", "a") as log:
+        task = bar.add_task("training", total=1000)
+        while clock.progress < 1 and not stop["asked"]:
+            started = time.perf_counter()
+            loss = trainer.step()
+            if clock.step % 50 == 0:
+                value = trainer.accelerator.reduce(loss, "mean").item()
+                smoothed = value if smoothed is None else 0.9 * smoothed + 0.1 * value
+                row = {"loss": round(value, 5), "lr": clock.learning_rate(options.learning_rate), **asdict(clock)}
+                if main:
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                bar.update(task, description=f"step {clock.step}  loss {smoothed:.4f}", completed=int(1000 * clock.progress))
+            clock.step += 1
+            clock.seconds += time.perf_counter() - started
+            if clock.seconds - last_save > 60 * options.save_every:
+                trainer.save_checkpoint()
+                last_save = clock.seconds
+    trainer.save_checkpoint()
+    if main:
+        trainer.save_pipeline()
+    trainer.accelerator.end_training()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="parquet file of images")
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, log, samples and the model")
+    parser.add_argument("--steps", type=int, default=8000, help="end after this many optimizer steps (default 8000)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="or after this much training time, if sooner")
+    parser.add_argument("--batch-size", type=int, default=128, help="over all processes (default 128)")
+    parser.add_argument("--learning-rate", type=float, default=8e-4, help="peak (default 8e-4)")
+    parser.add_argument("--ema", type=float, default=0.9995, help="longest memory of the averaged weights (default 0.9995)")
+    parser.add_argument("--width", type=int, help="channels of the first level (default 32 grey, 128 colour)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=float, default=5, help="minutes between checkpoints (default 5)")
+    parser.add_argument("--no-compile", action="store_true", help="do not compile the model (no C++ compiler at hand)")
+    parser.add_argument("--float32", action="store_true", help="no bf16 autocast")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(options)
+    trainer.load_checkpoint()
+    train(trainer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Every error halfbyte raises on purpose.
+
+    HalfbyteError
+    ├── RecipeError          an unknown recipe, grid or key; a combination no layer can hold
+    ├── ModelError           what was given is not a model halfbyte can quantize
+    │   └── NonFiniteError   a weight or a calibration value is NaN or infinite (the message names the tensor)
+    ├── CalibrationError     statistics are missing, or were taken at other timesteps than needed
+    ├── CheckpointError      a folder on disk cannot be written or read
+    │   ├── OutputExistsError   the output folder is already there
+    │   ├── CorruptError        a shard is truncated, altered, missing, or its tensors have the wrong shape
+    │   └── VersionError        the checkpoint was written by a newer halfbyte
+    ├── PackedError          an operation that packed 4-bit layers cannot do
+    └── MissingExtraError    an optional dependency is not installed (the message has the pip line)
+
+Messages say what came, what is allowed and what to do next.
+"""
+
+
+class HalfbyteError(Exception):
+    """Root of the tree; catch this one to catch every intended error of halfbyte."""
+
+
+class RecipeError(HalfbyteError, ValueError):
+    """An unknown recipe, grid or key, or a combination no layer can hold."""
+
+
+class ModelError(HalfbyteError, ValueError):
+    """What was given is not a model halfbyte can quantize."""
+
+
+class NonFiniteError(ModelError):
+    """A weight or a calibration value is NaN or infinite."""
+
+
+class CalibrationError(HalfbyteError, RuntimeError):
+    """Statistics are missing, or were taken at other timesteps than needed."""
+
+
+class CheckpointError(HalfbyteError, OSError):
+    """A folder on disk cannot be written or read."""
+
+
+class OutputExistsError(CheckpointError):
+    """The output folder is already there."""
+
+
+class CorruptError(CheckpointError):
+    """A shard is truncated, altered, missing, or its tensors have the wrong shape."""
+
+
+class VersionError(CheckpointError):
+    """The checkpoint was written by a newer halfbyte."""
+
+
+class PackedError(HalfbyteError, RuntimeError):
+    """An operation that packed 4-bit layers cannot do."""
+
+
+class MissingExtraError(HalfbyteError, ImportError):
+    """An optional dependency is not installed."""
+
+
+def listed(names: object) -> str:
+    """The allowed names of an error message: sorted, quoted, joined by commas."""
+    return ", ".join(repr(str(name)) for name in sorted(names, key=str))  # type: ignore[call-overload]

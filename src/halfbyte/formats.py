@@ -1,0 +1,169 @@
+"""Number grids: every 4-bit format is a table of 16 small integers, decoded as
+
+    value = scale * (level[code] << shift) + offset
+
+A `Grid` is the table alone. The shift is an axis of its own (`recipe.WeightSpec.max_shift`): any table may carry one as long as
+its largest level stays within 8 bits after the largest shift. Scales and offsets belong to tensors, not to grids.
+
+One tie rule serves every grid: a value halfway between two neighbouring levels goes to the one whose magnitude index is even.
+On contiguous integer grids that is IEEE round-half-to-even; on minifloat grids it is round-to-even-mantissa. Zero always encodes to
+code 0: the negative zero of the sign-magnitude grids (code 8) decodes to 0 and is never produced.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import RecipeError, listed
+
+Coding = Literal["twos-complement", "sign-magnitude", "unsigned"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One number format. `magnitudes` are the levels >= 0 in ascending order; everything else is derived."""
+
+    name: str
+    magnitudes: tuple[int, ...] = field(repr=False)
+    coding: Coding
+    bits: int = 4
+
+    @cached_property
+    def levels(self) -> tuple[int, ...]:
+        """The integer each code stands for, by code: 2**bits entries."""
+        if self.coding == "unsigned":
+            return self.magnitudes
+        if self.coding == "sign-magnitude":
+            return self.magnitudes + tuple(-level for level in self.magnitudes)
+        half = 1 << (self.bits - 1)
+        return tuple(range(half)) + tuple(range(-half, 0))
+
+    @property
+    def signed(self) -> bool:
+        return self.coding != "unsigned"
+
+    @property
+    def top(self) -> int:
+        """Largest level; absmax scales map the largest magnitude onto it."""
+        return self.magnitudes[-1]
+
+    @property
+    def bottom(self) -> int:
+        """Smallest level: 0 when unsigned, else negative."""
+        return min(self.levels)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the levels are all the integers from bottom to top, so that rounding alone encodes."""
+        return self.top == len(self.magnitudes) - 1
+
+    @property
+    def largest_shift(self) -> int:
+        """Largest shift whose top level still fits int8 (signed) or uint8 (unsigned)."""
+        limit = 127 if self.signed else 255
+        return (limit // self.top).bit_length() - 1 if self.bits == 4 else 0
+
+    @property
+    def decoded_dtype(self) -> torch.dtype:
+        """int8 or uint8: what a decoded, shifted level fits in."""
+        return torch.int8 if self.signed else torch.uint8
+
+
+def minifloat(exponent_bits: int, mantissa_bits: int) -> tuple[int, ...]:
+    """Magnitudes of a tiny float with subnormals, scaled so that the smallest positive one is 1 (no NaN, no infinity)."""
+    subnormal = range(1 << mantissa_bits)
+    normal = ((1 << mantissa_bits | m) << (e - 1) for e in range(1, 1 << exponent_bits) for m in subnormal)
+    return (*subnormal, *normal)
+
+
+GRIDS: dict[str, Grid] = {
+    grid.name: grid
+    for grid in (
+        Grid("int4", tuple(range(8)), "twos-complement"),
+        Grid("lzs4", tuple(range(8)), "sign-magnitude"),
+        Grid("e2m1", minifloat(2, 1), "sign-magnitude"),
+        Grid("e1m2", minifloat(1, 2), "sign-magnitude"),
+        Grid("e3m0", minifloat(3, 0), "sign-magnitude"),
+        Grid("ue2m2", minifloat(2, 2), "unsigned"),
+        Grid("ue1m3", minifloat(1, 3), "unsigned"),
+        Grid("ue3m1", minifloat(3, 1), "unsigned"),
+        Grid("int8", tuple(range(128)), "twos-complement", bits=8),
+        Grid("uint8", tuple(range(256)), "unsigned", bits=8),
+    )
+}
+ALIASES = {"uint4": "ue1m3"}
+
+
+def get_grid(name: str) -> Grid:
+    """The grid of that name.
+
+    Raises:
+        RecipeError: for an unknown name; the message lists the known ones.
+    """
+    grid = GRIDS.get(ALIASES.get(name, name))
+    if grid is None:
+        raise RecipeError(f"unknown grid {name!r}; the grids are {listed([*GRIDS, *ALIASES])}")
+    return grid
+
+
+@cache
+def _boundaries(grid: Grid) -> Tensor:
+    """Where the magnitude index steps up: `count(boundaries <= |x|)` is the index, ties included.
+
+    A midpoint below an even index belongs to that index; below an odd one to the even index beneath, so there the boundary is
+    the next float32 above the midpoint.
+    """
+    midpoints = torch.tensor([(a + b) / 2 for a, b in zip(grid.magnitudes, grid.magnitudes[1:], strict=False)])
+    above = torch.nextafter(midpoints, torch.tensor(torch.inf))
+    odd_index = torch.arange(1, len(grid.magnitudes)) % 2 == 1
+    return torch.where(odd_index, above, midpoints)
+
+
+@cache
+def _level_table(grid: Grid) -> Tensor:
+    return torch.tensor(grid.levels, dtype=torch.float32)
+
+
+@cache
+def _magnitude_table(grid: Grid) -> Tensor:
+    return torch.tensor(grid.magnitudes, dtype=torch.float32)
+
+
+def round_to_grid(units: Tensor, grid: Grid) -> Tensor:
+    """The nearest level of every value, saturating at the ends; ties by the module's rule.
+
+    Args:
+        units: float32 of any shape, in units of the scale (already divided by it and by 2**shift). Must be finite.
+    Returns:
+        float32 integers of the same shape, never -0.
+    """
+    if grid.contiguous:
+        return units.round().clamp_(grid.bottom, grid.top).add_(0.0)  # + 0.0 turns -0 into 0
+    if not grid.signed:
+        units = units.clamp(min=0)
+    index = torch.bucketize(units.abs(), _boundaries(grid).to(units.device), right=True)
+    return _magnitude_table(grid).to(units.device)[index].copysign(units).add_(0.0)
+
+
+def levels_to_codes(levels: Tensor, grid: Grid) -> Tensor:
+    """Codes (uint8) of values that are levels of the grid already; -128..127 and 0..255 for the 8-bit grids."""
+    if grid.coding == "twos-complement":
+        return (levels.to(torch.int16) & ((1 << grid.bits) - 1)).to(torch.uint8)
+    magnitudes = levels.abs()
+    if not grid.contiguous:
+        magnitudes = torch.bucketize(magnitudes, _magnitude_table(grid).to(levels.device))
+    codes = magnitudes.to(torch.uint8)
+    return codes | (levels < 0).to(torch.uint8) << 3 if grid.signed else codes
+
+
+def encode(units: Tensor, grid: Grid) -> Tensor:
+    """Codes (uint8, one a value) of the nearest levels; see `round_to_grid`."""
+    return levels_to_codes(round_to_grid(units, grid), grid)
+
+
+def decode(codes: Tensor, grid: Grid) -> Tensor:
+    """Levels (float32 integers) of codes (uint8)."""
+    return _level_table(grid).to(codes.device)[codes.to(torch.int32)]

@@ -1,0 +1,243 @@
+"""Trainable layers that round as the packed ones do, and the walk that swaps them in.
+
+A `FakeQuant*` layer keeps its float weight; forward rounds weight and input to the values the packed layer would use and passes
+gradients straight through. `swap` visits every Linear and convolution of a module and reports what it did with each, and why.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halfbyte.errors import ModelError, NonFiniteError
+from halfbyte.quantizers import (
+    QuantizedWeight,
+    quantize_activation,
+    quantize_weight,
+    straight_through,
+    weight_scale,
+)
+from halfbyte.recipe import LayerSpec
+
+Quantizable: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
+def weight_to_matrix(layer: Quantizable, weight: Tensor) -> Tensor:
+    """Weights as (O, K): a row an output channel, K in channels-last order (kernel taps, then input channels of the group)."""
+    if isinstance(layer, TRANSPOSED):  # (I, O/g, *taps) -> (O, I/g, *taps)
+        weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.movedim(1, -1).reshape(weight.shape[0], -1)
+
+
+def matrix_to_weight(layer: Quantizable, matrix: Tensor) -> Tensor:
+    """The inverse of `weight_to_matrix`."""
+    if isinstance(layer, nn.Linear):
+        return matrix
+    weight = matrix.unflatten(1, (*layer.kernel_size, -1)).movedim(-1, 1)
+    if isinstance(layer, TRANSPOSED):
+        weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight
+
+
+def matrix_shape(layer: Quantizable) -> tuple[int, int]:
+    """(O, K) of a layer, from its sizes alone."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+
+
+def input_to_rows(layer: Quantizable, x: Tensor) -> Tensor:
+    """Input as (rows, pixels, channels): a row a token for linear layers, an image for convolutions; channels last."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, 1, x.shape[-1])
+    batched = x if x.ndim == len(layer.kernel_size) + 2 else x[None]
+    return batched.flatten(2).transpose(1, 2)
+
+
+def rows_to_input(layer: Quantizable, rows: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `input_to_rows` for an input of the given shape."""
+    if isinstance(layer, nn.Linear):
+        return rows.view(shape)
+    return rows.transpose(1, 2).reshape(shape)
+
+
+def apply_layer(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The float operation of a layer with another input, weight and bias."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    if isinstance(layer, TRANSPOSED):
+        operation: Callable[..., Tensor] = F.conv_transpose1d if isinstance(layer, nn.ConvTranspose1d) else F.conv_transpose2d
+        return operation(x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+    return layer._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def adopt(cls: type[nn.Module], layer: nn.Module) -> Any:
+    """An instance of `cls` with the plain attributes of `layer` (sizes, strides, training flag) and none of its tensors."""
+    made = cls.__new__(cls)
+    nn.Module.__init__(made)
+    ours = set(vars(made)) - {"training"}
+    vars(made).update({key: value for key, value in vars(layer).items() if key not in ours})
+    return made
+
+
+class FakeQuant:
+    """What all trainable quantized layers share; mixed into the torch layer class that names their kind."""
+
+    spec: LayerSpec
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_scale: Tensor  # float32 (O, 1 or groups)
+
+    @classmethod
+    def from_float(cls, layer: Quantizable, spec: LayerSpec, scale: Tensor | None = None) -> Any:
+        """A layer that shares the weight and bias of `layer`.
+
+        Args:
+            scale: weight scales float32 (O, 1 or groups); None: found from the weight as the spec says.
+        """
+        made = adopt(cls, layer)  # type: ignore[arg-type]
+        made.weight, made.bias, made.spec = layer.weight, layer.bias, spec
+        if scale is None:
+            scale = weight_scale(weight_to_matrix(layer, layer.weight.detach().float()), spec.weight)
+        made.register_buffer("weight_scale", scale)
+        return made
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """Levels, shifts and scales of the weight as it is now."""
+        matrix = weight_to_matrix(self, self.weight.detach())  # type: ignore[arg-type]
+        return quantize_weight(matrix, self.weight_scale, self.spec.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self
+        rounded = matrix_to_weight(layer, self.quantized_weight().dequantize()).to(self.weight.dtype)
+        weight = straight_through(self.weight, rounded)
+        if self.spec.activation is not None:
+            integers, scale = quantize_activation(input_to_rows(layer, x.detach()), self.spec.activation)
+            x = straight_through(x, rows_to_input(layer, integers * scale, x.shape).to(x.dtype))
+        return apply_layer(layer, x, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.spec.describe()}"  # type: ignore[misc]
+
+
+class FakeQuantLinear(FakeQuant, nn.Linear):
+    """nn.Linear, rounded as the packed layer rounds."""
+
+
+class FakeQuantConv1d(FakeQuant, nn.Conv1d):
+    """nn.Conv1d, rounded as the packed layer rounds."""
+
+
+class FakeQuantConv2d(FakeQuant, nn.Conv2d):
+    """nn.Conv2d, rounded as the packed layer rounds."""
+
+
+class FakeQuantConvTranspose1d(FakeQuant, nn.ConvTranspose1d):
+    """nn.ConvTranspose1d, rounded as the packed layer rounds."""
+
+
+class FakeQuantConvTranspose2d(FakeQuant, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d, rounded as the packed layer rounds."""
+
+
+FAKE_QUANT: dict[type, type[FakeQuant]] = {
+    nn.Linear: FakeQuantLinear,
+    nn.Conv1d: FakeQuantConv1d,
+    nn.Conv2d: FakeQuantConv2d,
+    nn.ConvTranspose1d: FakeQuantConvTranspose1d,
+    nn.ConvTranspose2d: FakeQuantConvTranspose2d,
+}
+
+
+@dataclass
+class LayerReport:
+    """One row of the layer table: what became of a Linear or convolution, and why."""
+
+    name: str
+    kind: str  # class name of the float layer
+    shape: tuple[int, ...]  # of its weight
+    spec: LayerSpec | None  # None: kept in float
+    reason: str
+    weight_sqnr: float | None = None  # dB of the rounded against the float weight
+
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight, shifts included, scales not; 16 where the layer stays in float."""
+        if self.spec is None:
+            return 16.0
+        weight = self.spec.weight
+        return (4 + (4 / weight.subgroup if weight.max_shift else 0)) if weight.grid != "int8" else 8.0
+
+
+def module_kind(module: nn.Module) -> type | None:
+    """The torch layer class a module is, or is derived from; None where it is no Linear or convolution."""
+    return next((kind for kind in (*KINDS, nn.Conv3d, nn.ConvTranspose3d) if isinstance(module, kind)), None)
+
+
+def unsupported(module: nn.Module, parent: nn.Module) -> str | None:
+    """Why a Linear or convolution cannot be swapped; None: it can."""
+    kind = module_kind(module)
+    if kind not in KINDS:
+        return "3-D convolutions are not supported"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weights directly"
+    if type(module).forward is not kind.forward:  # type: ignore[attr-defined]
+        return f"{type(module).__name__} has a forward of its own"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}, not float"
+    if module.weight.numel() == 0:
+        return "its weight is empty"
+    return None
+
+
+Decision: TypeAlias = tuple[LayerSpec | None, str]
+
+
+def swap(
+    model: nn.Module,
+    decide: Callable[[str, nn.Module], Decision],
+    convert: Callable[[str, Any, LayerSpec], nn.Module],
+) -> list[LayerReport]:
+    """Replace the Linear and convolution layers of a model, in place, and account for every one of them.
+
+    Args:
+        decide: (name, layer) -> the spec to quantize it with, or None to keep it, and the reason in words.
+        convert: (name, layer, spec) -> the layer that takes its place. A layer used in two places is converted once.
+    Returns:
+        A row for every Linear, Conv and ConvTranspose met, in the order the model defines them.
+    Raises:
+        ModelError: when the model is itself one layer, or holds none.
+    """
+    if module_kind(model) is not None:
+        raise ModelError(f"the model is a bare {type(model).__name__}; put it into an nn.Sequential so that it can be replaced")
+    reports: list[LayerReport] = []
+    converted: dict[int, nn.Module] = {}
+    for name, layer in [(n, m) for n, m in model.named_modules(remove_duplicate=False) if module_kind(m) is not None]:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        kind = module_kind(layer).__name__  # type: ignore[union-attr]
+        hindrance = unsupported(layer, parent)
+        spec, reason = (None, hindrance) if hindrance else decide(name, layer)
+        if spec is not None:
+            if id(layer) in converted:
+                reason = f"{reason}; shared with another place"
+            else:
+                converted[id(layer)] = convert(name, layer, spec)
+            setattr(parent, child, converted[id(layer)])
+        reports.append(LayerReport(name, kind, tuple(layer.weight.shape), spec, str(reason)))
+    if not reports:
+        raise ModelError(f"{type(model).__name__} holds no Linear or convolution layer; there is nothing to quantize")
+    return reports
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises NonFiniteError when a tensor holds a NaN or an infinity."""
+    if not tensor.isfinite().all():
+        bad = int((~tensor.isfinite()).sum())
+        raise NonFiniteError(f"{name} holds {bad} NaN or infinite values of {tensor.numel()}; the checkpoint is damaged")

@@ -1,0 +1,257 @@
+"""Scale searches and rounding as plain functions on rows of values; nothing here knows modules.
+
+Three steps, each usable alone: find a scale (`absmax_scale`, `minmax_scale`, `search_scale`), choose shifts where the grid carries
+them (`round_with_shifts`), and look at a whole weight or activation through its spec (`quantize_weight`, `quantize_activation`).
+Both the trainable and the packed layers call these same functions, which is why they agree to the last code.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halfbyte.formats import Grid, decode, get_grid, levels_to_codes, round_to_grid
+from halfbyte.recipe import ActivationSpec, WeightSpec
+
+SEARCH_POINTS = 40
+CACHED_VALUES = 1 << 17  # values handled together where many passes follow each other: their temporaries stay in the L2 cache
+
+
+def absmax_scale(rows: Tensor, top: int) -> Tensor:
+    """Scale that maps the largest magnitude of each row onto `top`.
+
+    Args:
+        rows: float32 (r, n), n >= 1.
+    Returns:
+        float32 (r,). Rows of zeros get scale 1; rows with a NaN or an infinity get NaN, so that their results are NaN, not wrong.
+    """
+    return _usable(rows.abs().amax(-1) / top)
+
+
+def minmax_scale(rows: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Scale and integer zero point that map each row's range, widened to hold 0, onto 0..top.
+
+    Returns:
+        float32 (r,) and float32 integers (r,): value = scale * (level - zero).
+    """
+    low, high = rows.amin(-1).clamp(max=0), rows.amax(-1).clamp(min=0)
+    scale = _usable((high - low) / top)
+    return scale, (-low / scale).round().nan_to_num()
+
+
+def _usable(scale: Tensor) -> Tensor:
+    tiny = scale < torch.finfo(torch.float32).tiny  # zero, or so small that its reciprocal overflows
+    return torch.where(tiny, 1.0, torch.where(scale.isfinite(), scale, torch.nan))
+
+
+def round_with_shifts(units: Tensor, grid: Grid, max_shift: int, subgroup: int, truncate: bool = False) -> tuple[Tensor, Tensor]:
+    """Round each subgroup to `level << shift` with a shift of its own (leading-zero suppression, QuaRTZ stage 2).
+
+    The shift is the paper's FLAG, the smallest at which the largest magnitude has no more bits than the table's top, or one more
+    where that lowers the squared error (15 on a table that ends at 7: FLAG 1 saturates at 14, shift 2 reaches 16). Truncation always
+    takes FLAG and drops the low bits.
+
+    Args:
+        units: float32 (..., n) in units of the scale, finite.
+        subgroup: neighbours along the last axis that share a shift; the last subgroup may be shorter.
+    Returns:
+        float32 integers (..., n), already shifted, and uint8 shifts (..., ceil(n / subgroup)).
+    """
+    count = units.shape[-1]
+    tail = -count % subgroup
+    groups = (F.pad(units, (0, tail)) if tail else units).unflatten(-1, (-1, subgroup))
+    levels = torch.empty(groups.shape, dtype=groups.dtype, device=groups.device)  # contiguous, whatever the input is
+    shifts = torch.empty(groups.shape[:-1], dtype=torch.uint8, device=groups.device)
+    size = max(1, CACHED_VALUES // subgroup)
+    parts = groups.reshape(-1, subgroup).split(size), levels.view(-1, subgroup).split(size), shifts.view(-1).split(size)
+    round_part = _cut if truncate else _round_best
+    for exact, out, shift in zip(*parts, strict=True):
+        round_part(exact, grid, max_shift, out, shift)
+    return levels.flatten(-2)[..., :count], shifts
+
+
+def _flag(groups: Tensor, grid: Grid, max_shift: int) -> Tensor:
+    """The smallest shift at which a group's largest magnitude is no longer, in bits, than the grid's top level."""
+    length = torch.frexp(groups.abs().amax(-1, keepdim=True)).exponent  # of a positive integer: its bit length
+    return (length - grid.top.bit_length()).clamp_(0, max_shift).float()
+
+
+def _round_best(groups: Tensor, grid: Grid, max_shift: int, out: Tensor, shifts: Tensor) -> None:
+    flag = _flag(groups, grid, max_shift)
+    more = (flag + 1).clamp_(max=max_shift)
+    low, high = _round_shifted(groups, flag, grid), _round_shifted(groups, more, grid)
+    better = _squared_error(high, groups) < _squared_error(low, groups)
+    torch.where(better, high, low, out=out)
+    shifts.copy_(torch.where(better, more, flag).squeeze(-1))
+
+
+def _cut(groups: Tensor, grid: Grid, max_shift: int, out: Tensor, shifts: Tensor) -> None:
+    flag = _flag(groups, grid, max_shift)
+    kept = (groups.abs() * torch.exp2(-flag)).floor_().clamp_(max=grid.top) * torch.exp2(flag)
+    out.copy_(kept.copysign(groups).add_(0.0))
+    shifts.copy_(flag.squeeze(-1))
+
+
+def _round_shifted(groups: Tensor, shift: Tensor, grid: Grid) -> Tensor:
+    return round_to_grid(groups * torch.exp2(-shift), grid).mul_(torch.exp2(shift))
+
+
+def _squared_error(rounded: Tensor, exact: Tensor) -> Tensor:
+    return (rounded - exact).square_().sum(-1, keepdim=True)
+
+
+def round_units(units: Tensor, grid: Grid, max_shift: int, subgroup: int) -> Tensor:
+    """Nearest representable integers (float32), with shifts where `max_shift` is not 0."""
+    return round_with_shifts(units, grid, max_shift, subgroup)[0] if max_shift else round_to_grid(units, grid)
+
+
+def search_scale(rows: Tensor, grid: Grid, max_shift: int = 0, subgroup: int = 16, norm: float = 2.0) -> Tensor:
+    """Scale of each row that leaves the least sum of |error|**norm, among shrunken absmax scales.
+
+    Clipping a few large values buys finer steps for the rest. A grid with shifts repeats itself every factor of two, so one octave
+    is searched; other grids are searched down to 0.3 of the absmax scale (Lp shrink search).
+
+    Args:
+        rows: float32 (r, n).
+    Returns:
+        float32 (r,).
+    """
+    lowest = 0.5 if max_shift else 0.3
+    factors = torch.linspace(1.0, lowest, SEARCH_POINTS // 2 if max_shift else SEARCH_POINTS)
+    step = max(1, CACHED_VALUES // max(1, rows.shape[-1]))
+    found = [_search_part(part, grid, max_shift, subgroup, norm, factors) for part in rows.split(step)]
+    return torch.cat(found) if found else rows.new_ones(0)
+
+
+def _search_part(rows: Tensor, grid: Grid, max_shift: int, subgroup: int, norm: float, factors: Tensor) -> Tensor:
+    widest = absmax_scale(rows, grid.top << max_shift)
+    best, least = widest, torch.full_like(widest, torch.inf)
+    for factor in factors.tolist():
+        scale = widest * factor
+        error = round_units(rows / scale[:, None], grid, max_shift, subgroup).mul_(scale[:, None]).sub_(rows)
+        loss = error.square_().sum(-1) if norm == 2 else error.abs_().pow_(norm).sum(-1)
+        best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
+    return best
+
+
+def weight_scale(matrix: Tensor, spec: WeightSpec) -> Tensor:
+    """Scales of a weight matrix by its spec.
+
+    Args:
+        matrix: float32 (O, K).
+    Returns:
+        float32 (O, 1), or (O, ceil(K / group)) where the spec has group scales.
+    """
+    grid, rows = get_grid(spec.grid), _groups(matrix, spec.group)
+    if spec.scale == "absmax":
+        scale = absmax_scale(rows, grid.top << spec.max_shift)
+    else:
+        scale = search_scale(rows, grid, spec.max_shift, spec.subgroup, spec.norm)
+    return scale.view(matrix.shape[0], -1)
+
+
+def _groups(matrix: Tensor, group: int) -> Tensor:
+    """Rows that share a scale: the matrix itself, or its runs of `group` (the last one padded with zeros)."""
+    if not group:
+        return matrix
+    return F.pad(matrix, (0, -matrix.shape[-1] % group)).reshape(-1, group)
+
+
+def spread(scale: Tensor, count: int, group: int) -> Tensor:
+    """Scales (..., g) repeated over the values they serve: (..., 1) as it is, else (..., count)."""
+    return scale.repeat_interleave(group, -1)[..., :count] if group else scale
+
+
+@dataclass
+class QuantizedWeight:
+    """A weight matrix as stored: `levels` (float32 integers, shifts applied), `shift` (uint8 or None), `scale` (O, 1 or groups)."""
+
+    levels: Tensor
+    shift: Tensor | None
+    scale: Tensor
+    spec: WeightSpec
+
+    def codes(self) -> Tensor:
+        """uint8 (O, K), one code a value."""
+        levels = self.levels
+        if self.shift is not None:
+            levels = levels * torch.exp2(-spread(self.shift.float(), levels.shape[-1], self.spec.subgroup))
+        return levels_to_codes(levels, get_grid(self.spec.grid))
+
+    def dequantize(self) -> Tensor:
+        """float32 (O, K)."""
+        return self.levels * spread(self.scale, self.levels.shape[-1], self.spec.group)
+
+
+def quantize_weight(matrix: Tensor, scale: Tensor, spec: WeightSpec) -> QuantizedWeight:
+    """Nearest codes and shifts of a weight matrix (O, K) under given scales."""
+    units = matrix.float() / spread(scale, matrix.shape[-1], spec.group)
+    grid = get_grid(spec.grid)
+    if spec.max_shift:
+        levels, shift = round_with_shifts(units, grid, spec.max_shift, spec.subgroup)
+        return QuantizedWeight(levels, shift, scale, spec)
+    return QuantizedWeight(round_to_grid(units, grid), None, scale, spec)
+
+
+def decode_weight(codes: Tensor, shift: Tensor | None, spec: WeightSpec) -> Tensor:
+    """Integers (float32, shifts applied) of codes (O, K) and shifts (O, ceil(K / subgroup))."""
+    levels = decode(codes, get_grid(spec.grid))
+    if shift is None:
+        return levels
+    return levels * torch.exp2(spread(shift.float(), levels.shape[-1], spec.subgroup))
+
+
+def quantize_activation(x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
+    """Integers and scales of an input.
+
+    Args:
+        x: any float dtype (r, p, c): r tokens or images with a scale each, p pixels, c channels.
+    Returns:
+        float32 integers (r, p, c) with the zero point already taken off, and float32 scales (r, 1, 1), or (r, 1, c) where the spec
+        has channel groups: x is about integers * scale. Rows with a NaN or an infinity have integers 0 and scale NaN.
+    """
+    values, grid = x.float(), get_grid(spec.grid)
+    rows, pixels, channels = values.shape
+    if values.numel() == 0:
+        return values, values.new_ones(rows, 1, 1)
+    if spec.group:
+        padded = F.pad(values, (0, -channels % spec.group)).unflatten(-1, (-1, spec.group))
+        flat = padded.permute(0, 2, 1, 3).reshape(-1, pixels * spec.group)
+    else:
+        flat = values.reshape(rows, -1)
+    zero = None
+    if spec.zero_point:
+        scale, zero = minmax_scale(flat, spec.top)
+        zero = spread(zero.view(rows, 1, -1), channels, spec.group)
+    else:
+        scale = absmax_scale(flat, spec.top)
+    scale = spread(scale.view(rows, 1, -1), channels, spec.group)
+    units = (values * scale.reciprocal()).nan_to_num(0.0, 0.0, 0.0)
+    integers = _round_activation(units if zero is None else units + zero, grid, spec)
+    return integers if zero is None else integers - zero, scale
+
+
+def _round_activation(units: Tensor, grid: Grid, spec: ActivationSpec) -> Tensor:
+    if not spec.max_shift:
+        return round_to_grid(units, grid)
+    stage1 = units.round().clamp_(0 if spec.zero_point else -spec.top, spec.top)
+    return round_with_shifts(stage1, grid, spec.max_shift, spec.subgroup, spec.rounding == "truncate")[0]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounded values forward, the gradient of the unrounded ones backward."""
+
+    @staticmethod
+    def forward(ctx: Any, exact: Tensor, rounded: Tensor) -> Tensor:  # noqa: ARG004
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return gradients[0], None
+
+
+def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded` as a value, `exact` as far as gradients are concerned (Bengio et al. 2013)."""
+    return _StraightThrough.apply(exact, rounded)  # type: ignore[no-untyped-call, no-any-return]

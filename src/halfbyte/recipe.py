@@ -1,0 +1,292 @@
+"""Recipes: what happens to every layer of a model, as frozen data that can be saved, compared and read by people.
+
+A recipe says how weights and activations are quantized, and how the layers at the edges of the model (the first and the last) are.
+`PRESETS` holds the named ones. YAML and JSON forms are plain nested mappings of the fields; unknown keys are refused.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from halfbyte.errors import RecipeError, listed
+from halfbyte.formats import Grid, get_grid
+
+Spec = TypeVar("Spec", bound="_Fields")
+
+
+class _Fields:
+    """Frozen dataclasses that check their field types and convert to and from plain mappings."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            _check_type(f"{type(self).__name__}.{item.name}", getattr(self, item.name), hints[item.name])
+        self._check()
+
+    def _check(self) -> None:
+        """Cross-field rules; raises RecipeError."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able mapping of all fields."""
+        return typing.cast("dict[str, Any]", _plain(self))
+
+    @classmethod
+    def from_dict(cls: type[Spec], data: Any) -> Spec:
+        """The inverse of `to_dict`; missing keys take their defaults.
+
+        Raises:
+            RecipeError: when data is not a mapping, a key is unknown or a value has the wrong type.
+        """
+        if not isinstance(data, dict):
+            raise RecipeError(f"{cls.__name__} needs a mapping of its fields, got {type(data).__name__} {data!r}")
+        hints = typing.get_type_hints(cls)
+        unknown = set(data) - set(hints)
+        if unknown:
+            raise RecipeError(f"{cls.__name__} has no key {listed(unknown)}; its keys are {listed(hints)}")
+        values = {}
+        for key, value in data.items():
+            nested = next((t for t in (hints[key], *typing.get_args(hints[key])) if _is_spec(t)), None)
+            if nested is not None and isinstance(value, dict):
+                value = nested.from_dict(value)
+            values[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
+
+    def replace(self: Spec, **changes: Any) -> Spec:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+def _is_spec(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, _Fields)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Fields):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}  # type: ignore[arg-type]
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Refuses a value that its annotation does not allow; ints pass as floats, bools never pass as ints."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option)
+        if origin is Literal:
+            if any(value == allowed and type(value) is type(allowed) for allowed in typing.get_args(option)):
+                return
+        elif origin is tuple:
+            if isinstance(value, tuple) and all(isinstance(entry, str) for entry in value):
+                return
+        elif option is float and isinstance(value, int) and not isinstance(value, bool):
+            return
+        elif isinstance(value, option) and not (option is int and isinstance(value, bool)):
+            return
+    wanted = " or ".join(_type_words(option) for option in options)
+    raise RecipeError(f"{name} must be {wanted}, got {type(value).__name__} {value!r}")
+
+
+def _type_words(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(repr(allowed) for allowed in typing.get_args(hint))}"
+    if typing.get_origin(hint) is tuple:
+        return "a list of strings"
+    return {type(None): "null", int: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(
+        hint, f"a mapping of {getattr(hint, '__name__', hint)} fields"
+    )
+
+
+def _check_shift(owner: str, grid: Grid, max_shift: int, subgroup: int) -> None:
+    if not 0 <= max_shift <= grid.largest_shift:
+        raise RecipeError(f"{owner}: grid {grid.name!r} can carry shifts of 0 to {grid.largest_shift}, got max_shift {max_shift}")
+    if not 1 <= subgroup <= 1024:
+        raise RecipeError(f"{owner}: subgroup must be 1 to 1024 values, got {subgroup}")
+
+
+@dataclass(frozen=True)
+class WeightSpec(_Fields):
+    """How the weights of a layer are stored: one float32 scale an output channel, codes of `grid`, shifts where asked."""
+
+    grid: str = "int4"
+    max_shift: int = 0  # largest left shift of a subgroup; 0: no shifts are stored
+    subgroup: int = 16  # neighbouring values along K that share a shift
+    scale: Literal["absmax", "search"] = "search"  # absmax: the largest weight takes the top level; search: least Lp error
+    norm: float = 2.0  # p of the searched error
+    rounding: Literal["nearest", "gptq"] = "nearest"  # gptq: errors are compensated along K; needs calibration
+    group: int = 0  # values along K that share a scale; 0: the whole channel. Anything else is simulated only
+
+    def _check(self) -> None:
+        _check_shift("WeightSpec", get_grid(self.grid), self.max_shift, self.subgroup)
+        if not get_grid(self.grid).signed:
+            raise RecipeError(f"WeightSpec: weights need a signed grid, got {self.grid!r}")
+        if self.group and self.max_shift:
+            raise RecipeError("WeightSpec: group scales and shifts exclude each other; set group or max_shift to 0")
+        if self.group < 0 or self.norm <= 0:
+            raise RecipeError(f"WeightSpec: group must be >= 0 and norm > 0, got {self.group} and {self.norm}")
+
+    def describe(self) -> str:
+        """Such as `lzs4<<4/16`: shifts up to 4 for subgroups of 16; `int4 g64`: scales for groups of 64."""
+        return _describe(self.grid, self.max_shift, self.subgroup, self.group)
+
+
+@dataclass(frozen=True)
+class ActivationSpec(_Fields):
+    """How the input of a layer is quantized while the model runs.
+
+    One float32 scale a token (the row of a linear layer) or an image (convolutions, whose K spans neighbouring pixels), taken from
+    the data (`dynamic`). Shifted grids round twice: to 8-bit integers, then each subgroup of channels to the 4-bit table.
+    """
+
+    grid: str = "int8"
+    max_shift: int = 0
+    subgroup: int = 16  # neighbouring channels of one token or pixel that share a shift
+    zero_point: bool = False  # min-max range with an integer zero point; unsigned grids only
+    rounding: Literal["nearest", "truncate"] = "nearest"  # of the second stage; truncate is the paper's plain right shift
+    peak: int = 0  # integer the largest magnitude maps to; 0: the top level after the largest shift
+    group: int = 0  # channels that share a scale; 0: the whole token or image. Anything else is simulated only
+
+    def _check(self) -> None:
+        grid = get_grid(self.grid)
+        _check_shift("ActivationSpec", grid, self.max_shift, self.subgroup)
+        if self.zero_point == grid.signed:
+            need = "needs a zero point" if self.zero_point is False else "cannot have a zero point"
+            raise RecipeError(f"ActivationSpec: grid {self.grid!r} {need}; set zero_point to {not self.zero_point}")
+        if self.rounding == "truncate" and not (self.max_shift and grid.contiguous):
+            raise RecipeError(
+                "ActivationSpec: truncation is a right shift; it needs max_shift > 0 and an integer grid such as 'lzs4'"
+            )
+        limit = 127 if grid.signed else 255
+        if not 0 <= self.peak <= limit or self.group < 0:
+            raise RecipeError(f"ActivationSpec: peak must be 0 to {limit} and group >= 0, got {self.peak} and {self.group}")
+
+    @property
+    def top(self) -> int:
+        """The integer that the largest magnitude (or range) maps to."""
+        return self.peak or get_grid(self.grid).top << self.max_shift
+
+    def describe(self) -> str:
+        zero = " +z" if self.zero_point else ""
+        cut = " cut" if self.rounding == "truncate" else ""
+        return _describe(self.grid, self.max_shift, self.subgroup, self.group) + zero + cut
+
+
+def _describe(grid: str, max_shift: int, subgroup: int, group: int) -> str:
+    return grid + (f"<<{max_shift}/{subgroup}" if max_shift else "") + (f" g{group}" if group else "")
+
+
+@dataclass(frozen=True)
+class LayerSpec(_Fields):
+    """Weights and input of one layer. `activation` null: the input stays in float."""
+
+    weight: WeightSpec = field(default_factory=WeightSpec)
+    activation: ActivationSpec | None = None
+
+    def simulated_only(self) -> str | None:
+        """Why this layer cannot run in exact integers (None: it can)."""
+        if self.weight.group:
+            return f"weight scales for groups of {self.weight.group} change along K"
+        if self.activation is not None and self.activation.group:
+            return f"activation scales for groups of {self.activation.group} channels change along K"
+        return None
+
+    def describe(self) -> str:
+        return f"{self.weight.describe()} x {self.activation.describe() if self.activation else 'float'}"
+
+
+INT8 = LayerSpec(WeightSpec("int8", scale="absmax"), ActivationSpec("int8"))
+
+
+@dataclass(frozen=True)
+class Recipe(_Fields):
+    """What happens to every layer of a model."""
+
+    name: str
+    inner: LayerSpec  # every layer but the edges
+    edge: LayerSpec | None = INT8  # first and last layer; null: kept in float
+    after_silu: ActivationSpec | None = None  # replaces the activation where the input is a SiLU or GELU output
+    smooth: float | None = None  # strength of SmoothQuant scaling, 0 to 1; needs calibration
+    keep: tuple[str, ...] = ()  # regular expressions of layer names to keep in float
+
+    def _check(self) -> None:
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise RecipeError(f"Recipe: smooth must be 0 to 1 or null, got {self.smooth}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        edge_gptq = self.edge is not None and self.edge.weight.rounding == "gptq"
+        return self.smooth is not None or self.inner.weight.rounding == "gptq" or edge_gptq
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+
+LZS_WEIGHT = WeightSpec("lzs4", max_shift=4)
+LZS_ACTIVATION = ActivationSpec("lzs4", max_shift=4)
+
+PRESETS: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("quartz-w4a4", LayerSpec(LZS_WEIGHT, LZS_ACTIVATION)),
+        Recipe("quartz-w4a8", LayerSpec(LZS_WEIGHT, ActivationSpec("int8"))),
+        Recipe(  # the authors' repository: group-64 scales on both sides, plain INT4 weights; simulated only
+            "quartz-authors-w4a4",
+            LayerSpec(
+                WeightSpec("int4", scale="absmax", group=64),
+                ActivationSpec("lzs4", max_shift=4, subgroup=32, peak=127, group=64),
+            ),
+        ),
+        Recipe(  # the paper's text: min-max to 127, plain right shift
+            "quartz-paper-w4a4",
+            LayerSpec(
+                WeightSpec("lzs4", max_shift=4, scale="absmax"),
+                ActivationSpec("lzs4", max_shift=4, peak=127, rounding="truncate"),
+            ),
+        ),
+        Recipe(  # unsigned 8 bits with a zero point where the input is a SiLU or GELU output
+            "quartz-unsigned-w4a4",
+            LayerSpec(LZS_WEIGHT, LZS_ACTIVATION),
+            after_silu=ActivationSpec("ue1m3", max_shift=4, zero_point=True),
+        ),
+        Recipe("int4-w4a4", LayerSpec(WeightSpec("int4", scale="absmax"), ActivationSpec("int4"))),
+        Recipe("int8-w8a8", INT8),
+    )
+}
+
+
+def get_recipe(recipe: "str | Path | Recipe | dict[str, Any]") -> Recipe:
+    """A recipe from itself, a preset's name, a mapping, or the path of a .json, .yaml or .yml file.
+
+    Raises:
+        RecipeError: for an unknown name, an unreadable file or a recipe that does not check.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, dict):
+        return Recipe.from_dict(recipe)
+    path = Path(recipe)
+    if path.suffix in (".json", ".yaml", ".yml"):
+        return Recipe.from_dict(_read_mapping(path))
+    if str(recipe) not in PRESETS:
+        raise RecipeError(f"unknown recipe {str(recipe)!r}; the presets are {listed(PRESETS)}, or give a .json or .yaml file")
+    return PRESETS[str(recipe)]
+
+
+def _read_mapping(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe file {path} cannot be read: {error}") from error
+    if path.suffix == ".json":
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise RecipeError(f"recipe file {path} is not JSON: {error}") from error
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe file {path} is not YAML: {error}") from error

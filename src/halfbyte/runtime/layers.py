@@ -1,0 +1,151 @@
+"""Packed layers: 4-bit codes in memory, exact integers when they run.
+
+They are real subclasses of the torch layers (adapters such as LoRA look for that), but hold no float weight. `weight` answers with
+a zero-memory stand-in of the right shape, dtype and device whose `.data` refuses, so that code which would write into it
+(`fuse_lora`, for one) fails with a sentence instead of losing its work.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.errors import PackedError
+from halfbyte.formats import get_grid
+from halfbyte.layers import FakeQuant, Quantizable, adopt, matrix_shape
+from halfbyte.packing import pack_nibbles, unpack_nibbles
+from halfbyte.quantizers import QuantizedWeight, decode_weight
+from halfbyte.recipe import LayerSpec
+from halfbyte.runtime.ops import quantized_forward
+
+
+class PackedWeight(Tensor):
+    """Stands where a float weight would: shape, dtype and device, no values."""
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        raise PackedError(
+            "a packed 4-bit layer has no float weight to read or write; merge the adapter into the float model and quantize that"
+        )
+
+
+class Packed:
+    """What all packed layers share; mixed into the torch layer class that names their kind."""
+
+    spec: LayerSpec
+    bias: nn.Parameter | None
+    weight_codes: Tensor  # uint8 (O, ceil(K / 2)) for 4-bit grids, (O, K) for 8-bit ones
+    weight_scale: Tensor  # float32 (O, 1)
+    weight_shift: Tensor | None  # uint8, nibbles (O, ceil(ceil(K / subgroup) / 2))
+
+    @classmethod
+    def empty(cls, layer: Quantizable, spec: LayerSpec) -> Any:
+        """A layer of the right sizes whose codes and scales are yet to be loaded, on the device of the given layer's weight."""
+        hindrance = spec.simulated_only()
+        if hindrance:
+            raise PackedError(f"{spec.describe()} cannot be packed: {hindrance}; it exists for simulation (simulate=True)")
+        made = adopt(cls, layer)  # type: ignore[arg-type]
+        made.spec, made.bias = spec, layer.bias
+        for name, (shape, dtype) in packed_shapes(layer, spec).items():
+            made.register_buffer(name, torch.empty(shape, dtype=dtype, device=layer.weight.device))
+        if not spec.weight.max_shift:
+            made.register_buffer("weight_shift", None)
+        return made
+
+    @classmethod
+    def from_quantized(cls, layer: Quantizable, spec: LayerSpec, quantized: QuantizedWeight) -> Any:
+        """A layer that stores the given levels, with the bias of `layer`."""
+        made = cls.empty(layer, spec)
+        codes = quantized.codes()
+        made.weight_codes = pack_nibbles(codes) if get_grid(spec.weight.grid).bits == 4 else codes.contiguous()
+        made.weight_scale = quantized.scale.contiguous()
+        if quantized.shift is not None:
+            made.weight_shift = pack_nibbles(quantized.shift)
+        return made
+
+    @property
+    def weight(self) -> Tensor:
+        layer: Any = self
+        bias, codes = self.bias, self.weight_codes
+        dtype = torch.float32 if bias is None else bias.dtype
+        if isinstance(layer, nn.Linear):
+            shape: tuple[int, ...] = (layer.out_features, layer.in_features)
+        elif layer.transposed:
+            shape = (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel_size)
+        else:
+            shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+        return torch.zeros((), dtype=dtype, device=codes.device).expand(shape).as_subclass(PackedWeight)
+
+    def levels(self) -> Tensor:
+        """The weight's integers, shifts applied: float32 whole numbers (O, K)."""
+        layer: Any = self
+        spec, (_, count) = self.spec.weight, matrix_shape(layer)
+        codes = unpack_nibbles(self.weight_codes, count) if get_grid(spec.grid).bits == 4 else self.weight_codes
+        shift = None if self.weight_shift is None else unpack_nibbles(self.weight_shift, -(-count // spec.subgroup))
+        return decode_weight(codes, shift, spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise PackedError("packed layers are for inference and pass no gradients; quantize with simulate=True to train")
+        return quantized_forward(self, x, self.levels(), self.weight_scale, self.bias, self.spec.activation)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves follow the model; casts leave the float32 scales alone."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.spec.describe()}"  # type: ignore[misc]
+
+
+def packed_shapes(layer: Quantizable, spec: LayerSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Names, shapes and dtypes of a packed layer's stored tensors (bias aside)."""
+    rows, count = matrix_shape(layer)
+    four_bit = get_grid(spec.weight.grid).bits == 4
+    shapes = {
+        "weight_codes": ((rows, (count + 1) // 2 if four_bit else count), torch.uint8),
+        "weight_scale": ((rows, 1), torch.float32),
+    }
+    if spec.weight.max_shift:
+        groups = -(-count // spec.weight.subgroup)
+        shapes["weight_shift"] = ((rows, (groups + 1) // 2), torch.uint8)
+    return shapes
+
+
+class PackedLinear(Packed, nn.Linear):
+    """nn.Linear on 4-bit codes."""
+
+
+class PackedConv1d(Packed, nn.Conv1d):
+    """nn.Conv1d on 4-bit codes."""
+
+
+class PackedConv2d(Packed, nn.Conv2d):
+    """nn.Conv2d on 4-bit codes."""
+
+
+class PackedConvTranspose1d(Packed, nn.ConvTranspose1d):
+    """nn.ConvTranspose1d on 4-bit codes."""
+
+
+class PackedConvTranspose2d(Packed, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d on 4-bit codes."""
+
+
+PACKED: dict[type, type[Packed]] = {
+    nn.Linear: PackedLinear,
+    nn.Conv1d: PackedConv1d,
+    nn.Conv2d: PackedConv2d,
+    nn.ConvTranspose1d: PackedConvTranspose1d,
+    nn.ConvTranspose2d: PackedConvTranspose2d,
+}
+
+
+def pack_layer(layer: FakeQuant) -> Any:
+    """The packed twin of a trainable layer: the same codes, the same results up to float rounding."""
+    kind = next(kind for kind in PACKED if isinstance(layer, kind))
+    return PACKED[kind].from_quantized(layer, layer.spec, layer.quantized_weight())  # type: ignore[arg-type]
