@@ -16,7 +16,7 @@ HELP = "import runpy, sys; sys.argv = ['halfbyte', '--help']; runpy.run_module('
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -29,10 +29,10 @@ def heavy_modules(code: str) -> list[str]:
     return last_line.split()[1:]
 
 
-def best_time(code: str) -> float:
-    """Seconds of the quickest of TRIES fresh interpreters; stops at the first that is within LIMIT."""
+def best_time(code: str, tries: int = TRIES) -> float:
+    """Seconds of the quickest of some fresh interpreters; stops at the first that is within LIMIT."""
     best = float("inf")
-    for _ in range(TRIES):
+    for _ in range(tries):
         start = time.perf_counter()
         run(code)
         best = min(best, time.perf_counter() - start)
@@ -63,4 +63,4 @@ def test_the_check_can_fail(code):
 
 
 def test_the_clock_can_fail():
-    assert best_time(f"import time; time.sleep({LIMIT})") > LIMIT
+    assert best_time(f"import time; time.sleep({LIMIT})", tries=1) > LIMIT

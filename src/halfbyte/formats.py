@@ -10,6 +10,7 @@ On contiguous integer grids that is IEEE round-half-to-even; on minifloat grids 
 code 0: the negative zero of the sign-magnitude grids (code 8) decodes to 0 and is never produced.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Literal
@@ -109,6 +110,11 @@ def get_grid(name: str) -> Grid:
     return grid
 
 
+def _constant(values: Sequence[float]) -> Tensor:
+    """A float32 tensor on the CPU, whatever torch's default dtype and device are: it is cached for the whole process."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
 @cache
 def _boundaries(grid: Grid) -> Tensor:
     """Where the magnitude index steps up: `count(boundaries <= |x|)` is the index, ties included.
@@ -116,20 +122,20 @@ def _boundaries(grid: Grid) -> Tensor:
     A midpoint below an even index belongs to that index; below an odd one to the even index beneath, so there the boundary is
     the next float32 above the midpoint.
     """
-    midpoints = torch.tensor([(a + b) / 2 for a, b in zip(grid.magnitudes, grid.magnitudes[1:], strict=False)])
-    above = torch.nextafter(midpoints, torch.tensor(torch.inf))
-    odd_index = torch.arange(1, len(grid.magnitudes)) % 2 == 1
+    midpoints = _constant([(a + b) / 2 for a, b in zip(grid.magnitudes, grid.magnitudes[1:], strict=False)])
+    above = torch.nextafter(midpoints, torch.full_like(midpoints, torch.inf))
+    odd_index = torch.arange(1, len(grid.magnitudes), device="cpu") % 2 == 1
     return torch.where(odd_index, above, midpoints)
 
 
 @cache
 def _level_table(grid: Grid) -> Tensor:
-    return torch.tensor(grid.levels, dtype=torch.float32)
+    return _constant(grid.levels)
 
 
 @cache
 def _magnitude_table(grid: Grid) -> Tensor:
-    return torch.tensor(grid.magnitudes, dtype=torch.float32)
+    return _constant(grid.magnitudes)
 
 
 def round_to_grid(units: Tensor, grid: Grid) -> Tensor:

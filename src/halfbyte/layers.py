@@ -26,6 +26,8 @@ from halfbyte.recipe import LayerSpec
 Quantizable: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+FLOAT32_BUFFERS = ("weight_scale", "input_scale")
+DIRECT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # take their layers' weights and never call them
 
 
 def weight_to_matrix(layer: Quantizable, weight: Tensor) -> Tensor:
@@ -86,13 +88,28 @@ def adopt(cls: type[nn.Module], layer: nn.Module) -> Any:
     return made
 
 
-class FakeQuant:
+class Float32Scales:
+    """Keeps the scales of a layer in float32 when the model is cast: a bf16 scale would be another number."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves follow the model; casts leave the float32 scales alone."""
+        scales = {name: getattr(self, name) for name in FLOAT32_BUFFERS}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, scale in scales.items():
+            moved = getattr(self, name)
+            if moved is not None and moved.dtype != torch.float32:
+                setattr(self, name, scale.to(moved.device))
+        return self
+
+
+class FakeQuant(Float32Scales):
     """What all trainable quantized layers share; mixed into the torch layer class that names their kind."""
 
     spec: LayerSpec
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any  # nn.Parameter
+    bias: Any  # nn.Parameter or None
     weight_scale: Tensor  # float32 (O, 1 or groups)
+    input_scale: Tensor | None  # float32 (C,): the input is multiplied by it before it is quantized (smoothing)
 
     @classmethod
     def from_float(cls, layer: Quantizable, spec: LayerSpec, scale: Tensor | None = None) -> Any:
@@ -106,6 +123,7 @@ class FakeQuant:
         if scale is None:
             scale = weight_scale(weight_to_matrix(layer, layer.weight.detach().float()), spec.weight)
         made.register_buffer("weight_scale", scale)
+        made.register_buffer("input_scale", None)
         return made
 
     def quantized_weight(self) -> QuantizedWeight:
@@ -117,6 +135,8 @@ class FakeQuant:
         layer: Any = self
         rounded = matrix_to_weight(layer, self.quantized_weight().dequantize()).to(self.weight.dtype)
         weight = straight_through(self.weight, rounded)
+        if self.input_scale is not None:
+            x = (x * self.input_scale).to(x.dtype)
         if self.spec.activation is not None:
             integers, scale = quantize_activation(input_to_rows(layer, x.detach()), self.spec.activation)
             x = straight_through(x, rows_to_input(layer, integers * scale, x.shape).to(x.dtype))
@@ -138,11 +158,11 @@ class FakeQuantConv2d(FakeQuant, nn.Conv2d):
     """nn.Conv2d, rounded as the packed layer rounds."""
 
 
-class FakeQuantConvTranspose1d(FakeQuant, nn.ConvTranspose1d):
+class FakeQuantConvTranspose1d(FakeQuant, nn.ConvTranspose1d):  # type: ignore[misc]
     """nn.ConvTranspose1d, rounded as the packed layer rounds."""
 
 
-class FakeQuantConvTranspose2d(FakeQuant, nn.ConvTranspose2d):
+class FakeQuantConvTranspose2d(FakeQuant, nn.ConvTranspose2d):  # type: ignore[misc]
     """nn.ConvTranspose2d, rounded as the packed layer rounds."""
 
 
@@ -180,15 +200,20 @@ def module_kind(module: nn.Module) -> type | None:
     return next((kind for kind in (*KINDS, nn.Conv3d, nn.ConvTranspose3d) if isinstance(module, kind)), None)
 
 
-def unsupported(module: nn.Module, parent: nn.Module) -> str | None:
+def unsupported(module: Any, parent: nn.Module) -> str | None:
     """Why a Linear or convolution cannot be swapped; None: it can."""
     kind = module_kind(module)
     if kind not in KINDS:
         return "3-D convolutions are not supported"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weights directly"
-    if type(module).forward is not kind.forward:  # type: ignore[attr-defined]
+    reader = next((reader for reader in DIRECT_READERS if isinstance(parent, reader)), None)
+    if reader is not None:
+        return f"nn.{reader.__name__} reads its weights directly"
+    if type(module).forward is not kind.forward:
         return f"{type(module).__name__} has a forward of its own"
+    if "forward" in vars(module):
+        return "its forward has been replaced, as the hooks of accelerate do"
+    if module._parameters.get("weight") is None:
+        return "its weight is computed anew for every call (weight_norm or another parametrization)"
     if not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}, not float"
     if module.weight.numel() == 0:

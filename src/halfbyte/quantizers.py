@@ -50,8 +50,8 @@ def round_with_shifts(units: Tensor, grid: Grid, max_shift: int, subgroup: int, 
     """Round each subgroup to `level << shift` with a shift of its own (leading-zero suppression, QuaRTZ stage 2).
 
     The shift is the paper's FLAG, the smallest at which the largest magnitude has no more bits than the table's top, or one more
-    where that lowers the squared error (15 on a table that ends at 7: FLAG 1 saturates at 14, shift 2 reaches 16). Truncation always
-    takes FLAG and drops the low bits.
+    where that lowers the squared error (15 on a table that ends at 7: FLAG 1 saturates at 14, shift 2 reaches 16). Truncation
+    always takes FLAG and drops the low bits.
 
     Args:
         units: float32 (..., n) in units of the scale, finite.
@@ -119,7 +119,8 @@ def search_scale(rows: Tensor, grid: Grid, max_shift: int = 0, subgroup: int = 1
         float32 (r,).
     """
     lowest = 0.5 if max_shift else 0.3
-    factors = torch.linspace(1.0, lowest, SEARCH_POINTS // 2 if max_shift else SEARCH_POINTS)
+    points = SEARCH_POINTS // 2 if max_shift else SEARCH_POINTS
+    factors = torch.linspace(1.0, lowest, points, dtype=torch.float32, device="cpu")
     step = max(1, CACHED_VALUES // max(1, rows.shape[-1]))
     found = [_search_part(part, grid, max_shift, subgroup, norm, factors) for part in rows.split(step)]
     return torch.cat(found) if found else rows.new_ones(0)

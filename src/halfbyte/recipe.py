@@ -6,6 +6,8 @@ A recipe says how weights and activations are quantized, and how the layers at t
 
 import dataclasses
 import json
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -47,6 +49,9 @@ class _Fields:
         unknown = set(data) - set(hints)
         if unknown:
             raise RecipeError(f"{cls.__name__} has no key {listed(unknown)}; its keys are {listed(hints)}")
+        required = {item.name for item in dataclasses.fields(cls) if item.default is item.default_factory is dataclasses.MISSING}  # type: ignore[arg-type]
+        if required - set(data):
+            raise RecipeError(f"{cls.__name__} needs a value for {listed(required - set(data))}")
         values = {}
         for key, value in data.items():
             nested = next((t for t in (hints[key], *typing.get_args(hints[key])) if _is_spec(t)), None)
@@ -81,9 +86,9 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         elif origin is tuple:
             if isinstance(value, tuple) and all(isinstance(entry, str) for entry in value):
                 return
-        elif option is float and isinstance(value, int) and not isinstance(value, bool):
-            return
-        elif isinstance(value, option) and not (option is int and isinstance(value, bool)):
+        elif (option is float and isinstance(value, int) and not isinstance(value, bool)) or (
+            isinstance(value, option) and not (option is int and isinstance(value, bool))
+        ):
             return
     wanted = " or ".join(_type_words(option) for option in options)
     raise RecipeError(f"{name} must be {wanted}, got {type(value).__name__} {value!r}")
@@ -93,7 +98,7 @@ def _type_words(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(repr(allowed) for allowed in typing.get_args(hint))}"
     if typing.get_origin(hint) is tuple:
-        return "a list of strings"
+        return "a tuple of strings (in a file: a list)"
     return {type(None): "null", int: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(
         hint, f"a mapping of {getattr(hint, '__name__', hint)} fields"
     )
@@ -124,8 +129,8 @@ class WeightSpec(_Fields):
             raise RecipeError(f"WeightSpec: weights need a signed grid, got {self.grid!r}")
         if self.group and self.max_shift:
             raise RecipeError("WeightSpec: group scales and shifts exclude each other; set group or max_shift to 0")
-        if self.group < 0 or self.norm <= 0:
-            raise RecipeError(f"WeightSpec: group must be >= 0 and norm > 0, got {self.group} and {self.norm}")
+        if self.group < 0 or not 0 < self.norm < math.inf:
+            raise RecipeError(f"WeightSpec: group must be >= 0 and norm a finite number > 0, got {self.group} and {self.norm}")
 
     def describe(self) -> str:
         """Such as `lzs4<<4/16`: shifts up to 4 for subgroups of 16; `int4 g64`: scales for groups of 64."""
@@ -213,6 +218,11 @@ class Recipe(_Fields):
     def _check(self) -> None:
         if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise RecipeError(f"Recipe: smooth must be 0 to 1 or null, got {self.smooth}")
+        for pattern in self.keep:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise RecipeError(f"Recipe: keep has {pattern!r}, which is no regular expression: {error}") from error
 
     @property
     def needs_calibration(self) -> bool:
@@ -288,5 +298,5 @@ def _read_mapping(path: Path) -> Any:
 
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2001-99-99
         raise RecipeError(f"recipe file {path} is not YAML: {error}") from error

@@ -39,7 +39,7 @@ class TimestepState:
         position = parameters.index(name)
 
         def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = args[position] if position < len(args) else kwargs.get(name)
+            value = kwargs[name] if name in kwargs else args[position] if position < len(args) else None
             if value is not None:
                 self.value = float(value.max()) if isinstance(value, torch.Tensor) else float(value)
 

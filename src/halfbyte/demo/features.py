@@ -3,7 +3,7 @@
     features = DemoFeatures.load().features(images)    # images: float (n, 1, 32, 32) in [0, 1] -> float32 (n, 64)
 
 Distances in these features compare pictures of the demo model with each other and with Fashion-MNIST. They are no FID: that name
-belongs to Inception features, and the numbers cannot be put side by side. A distance from few images is biased upwards, so compare
+belongs to Inception features, and the numbers cannot be put side by side. A distance from few images is biased upwards: compare
 only distances over the same number of images.
 
 Two files lie beside this module, both written by `examples/train_demo_features.py`:
@@ -21,10 +21,10 @@ From these, mean = features_sum / count and covariance = (features_cov_sum - cou
 
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HERE = Path(__file__).parent
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 SIDE = 32  # images are 28x28, padded with black on all sides
 
@@ -38,14 +38,14 @@ class ConvNorm(nn.Sequential):
 
 
 class DemoFeatures(nn.Module):
-    """Five convolutions and a linear head, 213,000 parameters. `load` gives the trained one, in float32 and ready to use."""
+    """Five convolutions and a linear head, 204,000 parameters. `load` gives the trained one, in float32 and ready to use."""
 
     num_features = 64
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = ConvNorm(1, 32)  # 32x32
-        self.edges = ConvNorm(32, 64)  # 16x16
+        self.stem = ConvNorm(1, 16)  # 32x32
+        self.edges = ConvNorm(16, 64)  # 16x16
         self.shapes = ConvNorm(64, 96)  # 8x8, as the rest
         self.refine = ConvNorm(96, 96)
         self.pooled = ConvNorm(96, self.num_features)
@@ -57,7 +57,7 @@ class DemoFeatures(nn.Module):
         from safetensors.torch import load_file
 
         model = cls()
-        model.load_state_dict(load_file(Path(__file__).with_name("features.safetensors")))  # float16 is copied into float32
+        model.load_state_dict(load_file(HERE / "features.safetensors"))  # float16 is copied into float32
         return model.eval().requires_grad_(False)
 
     def features(self, images: Tensor) -> Tensor:
@@ -75,8 +75,17 @@ class DemoFeatures(nn.Module):
         x = F.max_pool2d(self.edges(x), 2)
         x = self.shapes(x)
         x = x + self.refine(x)
-        return self.pooled(x).float().mean((2, 3))
+        activations: Tensor = self.pooled(x)  # (n, 64, 8, 8)
+        return activations.float().mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of `CLASSES`, (n, 10), for images as in `features`."""
-        return self.head(self.features(images))
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+def load_statistics() -> dict[str, Tensor]:
+    """The features of the real training images: `features_sum`, `features_cov_sum` and `count`, as in the module's docstring."""
+    from safetensors.torch import load_file
+
+    return load_file(HERE / "statistics.safetensors")

@@ -5,15 +5,16 @@ a zero-memory stand-in of the right shape, dtype and device whose `.data` refuse
 (`fuse_lora`, for one) fails with a sentence instead of losing its work.
 """
 
-from collections.abc import Callable
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halfbyte.errors import PackedError
+from halfbyte.errors import CorruptError, PackedError
 from halfbyte.formats import get_grid
-from halfbyte.layers import FakeQuant, Quantizable, adopt, matrix_shape
+from halfbyte.layers import FLOAT32_BUFFERS as FLOAT32_BUFFERS
+from halfbyte.layers import FakeQuant, Float32Scales, Quantizable, adopt, matrix_shape
 from halfbyte.packing import pack_nibbles, unpack_nibbles
 from halfbyte.quantizers import QuantizedWeight, decode_weight
 from halfbyte.recipe import LayerSpec
@@ -30,27 +31,28 @@ class PackedWeight(Tensor):
         )
 
 
-class Packed:
+class Packed(Float32Scales):
     """What all packed layers share; mixed into the torch layer class that names their kind."""
 
     spec: LayerSpec
-    bias: nn.Parameter | None
+    bias: Any  # nn.Parameter or None
     weight_codes: Tensor  # uint8 (O, ceil(K / 2)) for 4-bit grids, (O, K) for 8-bit ones
     weight_scale: Tensor  # float32 (O, 1)
     weight_shift: Tensor | None  # uint8, nibbles (O, ceil(ceil(K / subgroup) / 2))
+    input_scale: Tensor | None  # float32 (C,): the input is multiplied by it before it is quantized (smoothing)
 
     @classmethod
-    def empty(cls, layer: Quantizable, spec: LayerSpec) -> Any:
+    def empty(cls, layer: Quantizable, spec: LayerSpec, smoothed: bool = False) -> Any:
         """A layer of the right sizes whose codes and scales are yet to be loaded, on the device of the given layer's weight."""
         hindrance = spec.simulated_only()
         if hindrance:
             raise PackedError(f"{spec.describe()} cannot be packed: {hindrance}; it exists for simulation (simulate=True)")
         made = adopt(cls, layer)  # type: ignore[arg-type]
         made.spec, made.bias = spec, layer.bias
-        for name, (shape, dtype) in packed_shapes(layer, spec).items():
-            made.register_buffer(name, torch.empty(shape, dtype=dtype, device=layer.weight.device))
-        if not spec.weight.max_shift:
-            made.register_buffer("weight_shift", None)
+        for name in ("weight_codes", "weight_scale", "weight_shift", "input_scale"):
+            made.register_buffer(name, None)
+        for name, (shape, dtype) in packed_shapes(layer, spec, smoothed).items():
+            setattr(made, name, torch.empty(shape, dtype=dtype, device=layer.weight.device))
         return made
 
     @classmethod
@@ -87,52 +89,51 @@ class Packed:
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            raise PackedError("packed layers are for inference and pass no gradients; quantize with simulate=True to train")
+            raise PackedError(
+                "packed layers are for inference and pass no gradients; run the model under torch.no_grad(), "
+                "or quantize with simulate=True to train"
+            )
+        if self.input_scale is not None:
+            x = (x * self.input_scale).to(x.dtype)
         return quantized_forward(self, x, self.levels(), self.weight_scale, self.bias, self.spec.activation)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves follow the model; casts leave the float32 scales alone."""
-        scale = self.weight_scale
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        return self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}"  # type: ignore[misc]
 
 
-def packed_shapes(layer: Quantizable, spec: LayerSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def packed_shapes(layer: Quantizable, spec: LayerSpec, smoothed: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Names, shapes and dtypes of a packed layer's stored tensors (bias aside)."""
     rows, count = matrix_shape(layer)
     four_bit = get_grid(spec.weight.grid).bits == 4
-    shapes = {
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "weight_codes": ((rows, (count + 1) // 2 if four_bit else count), torch.uint8),
         "weight_scale": ((rows, 1), torch.float32),
     }
     if spec.weight.max_shift:
         groups = -(-count // spec.weight.subgroup)
         shapes["weight_shift"] = ((rows, (groups + 1) // 2), torch.uint8)
+    if smoothed:
+        shapes["input_scale"] = ((layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels,), torch.float32)
     return shapes
 
 
-class PackedLinear(Packed, nn.Linear):
+class PackedLinear(Packed, nn.Linear):  # type: ignore[override]
     """nn.Linear on 4-bit codes."""
 
 
-class PackedConv1d(Packed, nn.Conv1d):
+class PackedConv1d(Packed, nn.Conv1d):  # type: ignore[override]
     """nn.Conv1d on 4-bit codes."""
 
 
-class PackedConv2d(Packed, nn.Conv2d):
+class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]
     """nn.Conv2d on 4-bit codes."""
 
 
-class PackedConvTranspose1d(Packed, nn.ConvTranspose1d):
+class PackedConvTranspose1d(Packed, nn.ConvTranspose1d):  # type: ignore[misc, override]
     """nn.ConvTranspose1d on 4-bit codes."""
 
 
-class PackedConvTranspose2d(Packed, nn.ConvTranspose2d):
+class PackedConvTranspose2d(Packed, nn.ConvTranspose2d):  # type: ignore[misc, override]
     """nn.ConvTranspose2d on 4-bit codes."""
 
 
@@ -148,4 +149,26 @@ PACKED: dict[type, type[Packed]] = {
 def pack_layer(layer: FakeQuant) -> Any:
     """The packed twin of a trainable layer: the same codes, the same results up to float rounding."""
     kind = next(kind for kind in PACKED if isinstance(layer, kind))
-    return PACKED[kind].from_quantized(layer, layer.spec, layer.quantized_weight())  # type: ignore[arg-type]
+    made = PACKED[kind].from_quantized(layer, layer.spec, layer.quantized_weight())  # type: ignore[arg-type]
+    made.input_scale = layer.input_scale
+    return made
+
+
+def install(model: nn.Module, specs: Mapping[str, LayerSpec], smoothed: Collection[str] = ()) -> None:
+    """Put empty packed layers in place of the named float ones, for a loader to fill.
+
+    Args:
+        specs: by layer name. `smoothed`: the names of those that carry an input scale.
+    Raises:
+        CorruptError: when a name is not a Linear or convolution layer of the model.
+    """
+    for name, spec in specs.items():
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            layer = None
+        kind = next((kind for kind in PACKED if isinstance(layer, kind)), None)
+        if kind is None or not name:
+            raise CorruptError(f"the checkpoint has a quantized layer {name!r}; this {type(model).__name__} has no such layer")
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, PACKED[kind].empty(layer, spec, name in smoothed))  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte.formats import get_grid
 from halfbyte.layers import apply_layer, input_to_rows, matrix_to_weight, rows_to_input
 from halfbyte.quantizers import quantize_activation
 from halfbyte.recipe import ActivationSpec
@@ -33,7 +34,8 @@ def integer_product(layer: Any, integers: Tensor, levels: Tensor, largest_input:
     bound = float(levels.abs().sum(1).max()) * largest_input
     exact = torch.float32 if bound < FLOAT32_EXACT else torch.float64
     weight = matrix_to_weight(layer, levels.to(exact))
-    return apply_layer(layer, integers.to(exact), weight, None)
+    with torch.backends.nnpack.flags(enabled=False):  # its Winograd convolutions are not exact
+        return apply_layer(layer, integers.to(exact), weight, None)
 
 
 def quantized_forward(
@@ -52,7 +54,9 @@ def quantized_forward(
         weight = matrix_to_weight(layer, levels * weight_scale).to(x.dtype)
         return apply_layer(layer, x, weight, None if bias is None else bias.to(x.dtype))
     integers, scale = quantize_activation(input_to_rows(layer, x), spec)
-    total = integer_product(layer, rows_to_input(layer, integers, x.shape), levels, spec.top)
+    grid = get_grid(spec.grid)
+    largest = max(spec.top, max(grid.top, -grid.bottom) << spec.max_shift)  # a peak of 105 can round up to 112
+    total = integer_product(layer, rows_to_input(layer, integers, x.shape), levels, largest)
     if isinstance(layer, nn.Linear):
         both = scale.view(*x.shape[:-1], 1) * weight_scale.view(-1)
     else:

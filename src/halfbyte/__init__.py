@@ -1,0 +1,48 @@
+"""halfbyte: diffusion models in 4 bits, weights and activations; healed, measured, and run in exact integers.
+
+    import halfbyte as hb
+    result = hb.quantize(pipe, recipe="quartz-w4a4")
+    hb.save(pipe, "model-4bit")
+    pipe = DiffusionPipeline.from_pretrained("model-4bit")
+
+Importing halfbyte imports neither torch nor diffusers; it only arranges that diffusers and transformers learn to load halfbyte
+checkpoints when they are imported themselves.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from halfbyte import _import_hook
+
+if TYPE_CHECKING:
+    from halfbyte.api import load, quantize, save
+    from halfbyte.api import pack_model as pack
+    from halfbyte.errors import HalfbyteError
+    from halfbyte.recipe import PRESETS, Recipe
+
+__version__ = "0.1.0"
+__all__ = ["PRESETS", "HalfbyteError", "Recipe", "load", "pack", "quantize", "save"]
+
+_HOMES = {
+    "quantize": ("api", "quantize"),
+    "pack": ("api", "pack_model"),
+    "save": ("api", "save"),
+    "load": ("api", "load"),
+    "PRESETS": ("recipe", "PRESETS"),
+    "Recipe": ("recipe", "Recipe"),
+    "HalfbyteError": ("errors", "HalfbyteError"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(f"halfbyte.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+_import_hook.install()

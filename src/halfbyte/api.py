@@ -1,0 +1,228 @@
+"""The public verbs: quantize, save, load. They take a diffusers pipeline, a diffusers or transformers model, or any nn.Module."""
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfbyte import checkpoint, conversion
+from halfbyte.calibration import Call, InputStatistics, Progress, collect, find_denoiser, record_calls
+from halfbyte.conversion import Result, quantizable_layers, wants_hessian
+from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, ModelError
+from halfbyte.hub import LayoutConfig, after_loading, before_loading, is_packed
+from halfbyte.recipe import Recipe, get_recipe
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, checkpoint.ShardError)  # what bad folders raise
+RECIPE_ATTRIBUTE = "_halfbyte_recipe"  # remembered on packed modules, so that saving them can tell
+
+
+def quantize(
+    model: Any,
+    recipe: str | Path | Recipe | dict[str, Any] = "quartz-w4a4",
+    calibration: int | Iterable[Any] | None = None,
+    *,
+    simulate: bool = False,
+    prompts: Sequence[str] = (),
+    steps: int = 20,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Quantize a model in place.
+
+    Args:
+        model: a diffusers pipeline (its unet or transformer is quantized) or any nn.Module with Linear or convolution layers.
+        recipe: a preset's name, a Recipe, a mapping, or the path of a .json or .yaml file.
+        calibration: for recipes that need it: how many images the float pipeline samples, or an iterable of inputs of the module
+            (a tensor, a tuple of positional or a dict of keyword arguments each).
+        simulate: leave trainable layers that round as the packed ones would, instead of packing.
+        prompts: for text-to-image pipelines, the prompts to calibrate on.
+        steps, seed: of the calibration's sampler.
+        progress: called with (done, total) layers.
+    Returns:
+        A Result; `result.layers` accounts for every Linear and convolution layer, `print(result.table())` shows it.
+    Raises:
+        RecipeError, ModelError, NonFiniteError, CalibrationError: see halfbyte.errors.
+    """
+    chosen = get_recipe(recipe)
+    module = _module_of(model)
+    hindrance = chosen.inner.simulated_only()
+    if hindrance and not simulate:
+        raise ModelError(f"recipe {chosen.name!r} cannot be packed: {hindrance}; pass simulate=True to study it")
+    statistics = None
+    if chosen.needs_calibration:
+        statistics = _statistics(model, module, chosen, calibration, prompts, steps, seed)
+    result = conversion.simulate(module, chosen, statistics, progress)
+    if not simulate:
+        pack_model(module, chosen)
+    return result
+
+
+def _module_of(model: Any) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    if hasattr(model, "components"):
+        return find_denoiser(model)
+    raise ModelError(f"a diffusers pipeline or a torch.nn.Module is needed, got {type(model).__name__}")
+
+
+def _statistics(
+    model: Any, module: nn.Module, recipe: Recipe, calibration: Any, prompts: Sequence[str], steps: int, seed: int
+) -> dict[str, InputStatistics]:
+    if calibration is None:
+        raise ModelError(f"recipe {recipe.name!r} uses smoothing or GPTQ and needs calibration; pass calibration=16 or some inputs")
+    if isinstance(calibration, int):
+        if isinstance(model, nn.Module):
+            raise ModelError("a bare module has no sampler to calibrate with; pass its pipeline, or an iterable of inputs")
+        calls = record_calls(model, calibration, steps, seed, prompts=prompts)
+    else:
+        calls = [_as_call(entry) for entry in calibration]
+    layers = quantizable_layers(module)
+    return collect(module, calls, layers, [name for name, layer in layers.items() if wants_hessian(layer, recipe)], seed)
+
+
+def _as_call(entry: Any) -> Call:
+    if isinstance(entry, Call):
+        return entry
+    if isinstance(entry, dict):
+        return Call((), entry)
+    return Call(tuple(entry) if isinstance(entry, (tuple, list)) else (entry,), {})
+
+
+def pack_model(module: nn.Module, recipe: Recipe | None = None) -> nn.Module:
+    """Trainable quantized layers to packed ones, in place; the model then saves itself packed."""
+    conversion.pack(module)
+    plugin = _plugin(module)
+    chosen = recipe or getattr(module, RECIPE_ATTRIBUTE, None)
+    if chosen is not None:
+        setattr(module, RECIPE_ATTRIBUTE, chosen)
+        if plugin is not None:
+            plugin.attach(module, chosen)
+    return module
+
+
+def _plugin(module: nn.Module) -> Any:
+    """The plug-in of the library a module comes from; None for a plain module. Imports no library that is not in use."""
+    for library, base in (("diffusers", "ModelMixin"), ("transformers", "PreTrainedModel")):
+        kind = getattr(sys.modules.get(library), base, None) if library in sys.modules else None
+        if kind is not None and isinstance(module, kind):
+            return importlib.import_module(f"halfbyte.{library}_plugin")
+    return None
+
+
+def save(model: Any, path: str | os.PathLike[str], max_shard_size: str = checkpoint.MAX_SHARD) -> Path:
+    """Save a quantized pipeline, component or plain module as a new folder, with the SHA-256 of every shard.
+
+    Raises:
+        OutputExistsError: when the folder exists. CheckpointError: when it cannot be written; nothing is left behind then.
+        ModelError: when the model is not packed.
+    """
+    module = _module_of(model)
+    if not is_packed(module):
+        raise ModelError(f"this {type(module).__name__} is not packed; run halfbyte.quantize on it first (and halfbyte.pack)")
+
+    def write(folder: Path) -> None:
+        if model is not module:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            name = next(name for name, part in model.components.items() if part is module)
+            checkpoint.record_hashes(folder / name)
+        else:
+            if _plugin(module) is not None:
+                module.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]
+            else:
+                config = LayoutConfig.from_model(module, getattr(module, RECIPE_ATTRIBUTE)).to_dict()
+                entries = {"_class_name": type(module).__name__, "quantization_config": config}
+                checkpoint.write_tensors(folder, module.state_dict(), entries, max_shard_size)
+            checkpoint.record_hashes(folder)
+
+    return checkpoint.write_folder(path, write)
+
+
+def load_float(path: str | os.PathLike[str]) -> Any:
+    """A float pipeline in float32, from a folder in diffusers layout or a name on the Hub.
+
+    Raises:
+        ModelError: when there is no such pipeline, or it is quantized already.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = Path(path)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ModelError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(str(path), torch_dtype=torch.float32)
+    except HalfbyteError:
+        raise
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{path} is neither the folder of a diffusers pipeline nor one on the Hub: {error}") from error
+    if is_packed(find_denoiser(pipe)):
+        raise ModelError(f"{path} is quantized already; start from the float model")
+    return pipe
+
+
+def load(path: str | os.PathLike[str], into: nn.Module | None = None, **options: Any) -> Any:
+    """Load what `save` wrote: a pipeline, a diffusers model, or (with `into`) the weights of a plain module.
+
+    Args:
+        into: a float module of the saved architecture; its layers are replaced by the packed ones. Needed for plain modules.
+        options: passed on to `from_pretrained`.
+    Raises:
+        CheckpointError and its kinds: when the folder is missing, incomplete, altered or from a newer version.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the folder that halfbyte.save or 'halfbyte quantize -o' wrote")
+    if into is not None:
+        return _load_into(folder, into)
+    import diffusers
+
+    if (folder / "model_index.json").is_file():
+        index = checkpoint.read_json(folder / "model_index.json")
+        kind: Any = diffusers.DiffusionPipeline
+        if not any((folder / name / checkpoint.CONFIG).is_file() for name in index):
+            raise CorruptError(f"{folder} has a model_index.json but none of its components has a config.json")
+    elif (folder / checkpoint.CONFIG).is_file():
+        name = checkpoint.read_json(folder / checkpoint.CONFIG).get("_class_name")
+        kind = getattr(diffusers, str(name), None)
+        if kind is None:
+            raise ModelError(f"{folder} holds a {name!r}, which diffusers does not know; pass into=<a float module of that class>")
+    else:
+        raise ModelError(f"{folder} is not a model: it has neither model_index.json nor config.json")
+    try:
+        return kind.from_pretrained(folder, **options)
+    except HalfbyteError:
+        raise
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{folder} cannot be loaded by diffusers: {error}") from error
+
+
+def _load_into(folder: Path, module: nn.Module) -> nn.Module:
+    entry = checkpoint.read_json(folder / checkpoint.CONFIG).get("quantization_config")
+    if not isinstance(entry, dict):
+        raise CorruptError(f"{folder / checkpoint.CONFIG} has no quantization_config; it is not a halfbyte checkpoint")
+    config = LayoutConfig(**entry)
+    before_loading(module, config, sorted(folder.glob("*.safetensors")), None)
+    try:
+        module.load_state_dict(checkpoint.read_tensors(folder), assign=False)
+    except RuntimeError as error:
+        raise CorruptError(f"{folder} does not fit this {type(module).__name__}: {error}") from error
+    after_loading(module)
+    setattr(module, RECIPE_ATTRIBUTE, config.recipe)
+    return module
+
+
+def describe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, Any]]:
+    """Recipe and layer specs of a saved folder (a pipeline or one component), without loading a tensor."""
+    folder = Path(path)
+    candidates = [folder, *(child for child in sorted(folder.glob("*/")) if child.is_dir())] if folder.is_dir() else []
+    for candidate in candidates:
+        if (candidate / checkpoint.CONFIG).is_file():
+            entry = checkpoint.read_json(candidate / checkpoint.CONFIG).get("quantization_config")
+            if isinstance(entry, dict) and entry.get("quant_method") == checkpoint.METHOD:
+                recipe, layers, _ = checkpoint.parse_layout(entry, str(candidate))
+                return recipe, dict(layers)
+    raise ModelError(f"{folder} holds no halfbyte checkpoint (no config.json with a halfbyte quantization_config)")

@@ -1,0 +1,243 @@
+"""Data-free calibration: run the float model's own sampler from noise and look at what its layers see.
+
+Two steps. `record_calls` runs a diffusers pipeline and keeps some of its denoiser calls, spread evenly over trajectory and batch.
+`collect` runs the denoiser on recorded calls and gathers, per layer, bounded statistics of the input: ranges per timestep, moments,
+a reservoir sample, largest magnitudes per channel, and the Hessian sum of x x^T where GPTQ asks for one.
+"""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halfbyte.errors import CalibrationError
+from halfbyte.layers import TRANSPOSED, Quantizable, check_finite, input_to_rows
+from halfbyte.timestep import TimestepState
+
+RESERVOIR = 4096  # values of the input kept per layer
+HESSIAN_ROWS = 8192  # input rows (tokens or pixels) that enter a layer's Hessian, over all calls
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+@dataclass
+class Call:
+    """One recorded call of a denoiser, on the CPU."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def find_denoiser(pipe: Any) -> nn.Module:
+    """The network of a diffusers pipeline that predicts noise: its `unet` or `transformer`.
+
+    Raises:
+        CalibrationError: when the pipeline has neither.
+    """
+    for name in ("unet", "transformer"):
+        found = getattr(pipe, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    parts = ", ".join(getattr(pipe, "components", {})) or "none"
+    raise CalibrationError(f"{type(pipe).__name__} has neither a 'unet' nor a 'transformer' (its components: {parts})")
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """Tensors inside tuples, lists and dicts, moved (and detached)."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(entry, device) for entry in value)
+    if isinstance(value, dict):
+        return {key: to_device(entry, device) for key, entry in value.items()}
+    return value
+
+
+def record_calls(
+    pipe: Any,
+    trajectories: int = 16,
+    steps: int = 20,
+    seed: int = 0,
+    batch: int = 16,
+    keep: int = 64,
+    prompts: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> list[Call]:
+    """Denoiser calls of the pipeline's own sampler, from seeded noise.
+
+    Args:
+        trajectories: images sampled in all; their classes or prompts are spread evenly.
+        steps: of the sampler; every one of them is recorded at first, then at most `keep` calls stay, evenly spread.
+        prompts: for text-to-image pipelines; used in turn.
+    Returns:
+        Calls in the order they were made.
+    Raises:
+        CalibrationError: when the pipeline wants prompts and none are given.
+    """
+    denoiser, calls = find_denoiser(pipe), []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(Call(to_device(args, "cpu"), to_device(kwargs, "cpu")))
+        if progress:
+            progress(len(calls), steps * math.ceil(trajectories / batch))
+
+    handle = denoiser.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        for start in range(0, trajectories, batch):
+            size = min(batch, trajectories - start)
+            pipe(**sampler_arguments(pipe, range(start, start + size), trajectories, steps, seed, prompts))
+    finally:
+        handle.remove()
+    stride = max(1.0, len(calls) / keep)
+    return [calls[int(index * stride)] for index in range(min(keep, len(calls)))]
+
+
+def sampler_arguments(pipe: Any, indices: range, total: int, steps: int, seed: int, prompts: Sequence[str] = ()) -> dict[str, Any]:
+    """Arguments of a pipeline call that samples the images of the given indices, whatever kind of pipeline it is.
+
+    Every image has a generator of its own, seeded by (seed, index): an image does not depend on the batch it is sampled in.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    generators = [torch.Generator("cpu").manual_seed(seed * 1_000_003 + index) for index in indices]
+    arguments: dict[str, Any] = {"num_inference_steps": steps, "generator": generators}
+    if "prompt" in accepted:
+        if not prompts:
+            raise CalibrationError(f"{type(pipe).__name__} samples from prompts; give at least one")
+        arguments["prompt"] = [prompts[index % len(prompts)] for index in indices]
+    elif "class_labels" in accepted:
+        classes = int(find_denoiser(pipe).config.num_embeds_ada_norm)  # type: ignore[union-attr, arg-type]
+        arguments["class_labels"] = [index * classes // total for index in indices]
+    else:
+        arguments["batch_size"] = len(indices)
+    if "output_type" in accepted:
+        arguments["output_type"] = "pt" if "prompt" not in accepted else "latent"
+    return arguments
+
+
+@dataclass
+class InputStatistics:
+    """What one layer's input looked like."""
+
+    count: int = 0
+    total: float = 0.0
+    total_square: float = 0.0
+    ranges: dict[float | None, tuple[float, float]] = field(default_factory=dict)  # by timestep; None: the model has none
+    channel_absmax: Tensor | None = None  # float32 (C,)
+    reservoir: Tensor = field(default_factory=lambda: torch.empty(0))  # float32, at most RESERVOIR values, uniform over all seen
+    hessian: Tensor | None = None  # float32 (groups, K, K): sum of x x^T over `hessian_rows` rows
+    hessian_rows: int = 0
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Least and largest value over all timesteps."""
+        return min(low for low, _ in self.ranges.values()), max(high for _, high in self.ranges.values())
+
+    def update(self, rows: Tensor, timestep: float | None, generator: torch.Generator) -> None:
+        """Take in one input, float32 (r, p, c)."""
+        low, high = (float(value) for value in torch.aminmax(rows))
+        known = self.ranges.get(timestep, (low, high))
+        self.ranges[timestep] = (min(low, known[0]), max(high, known[1]))
+        self.total += float(rows.double().sum())
+        self.total_square += float(rows.double().square().sum())
+        absmax = rows.abs().amax((0, 1))
+        self.channel_absmax = absmax if self.channel_absmax is None else torch.maximum(self.channel_absmax, absmax)
+        self._sample(rows.flatten(), generator)
+        self.count += rows.numel()
+
+    def _sample(self, values: Tensor, generator: torch.Generator) -> None:
+        """Keep a uniform sample of everything seen: old and new values survive in proportion to their numbers."""
+        fresh = values[torch.randint(values.numel(), (min(RESERVOIR, values.numel()),), generator=generator)]
+        if self.count:
+            from_new = torch.rand(len(self.reservoir), generator=generator) < values.numel() / (self.count + values.numel())
+            picked = fresh[torch.randint(len(fresh), self.reservoir.shape, generator=generator)]
+            fresh = torch.where(from_new, picked, self.reservoir)
+        self.reservoir = fresh
+
+    def add_hessian(self, layer: Quantizable, x: Tensor, limit: int, generator: torch.Generator) -> None:
+        """Add x x^T of at most `limit` random rows (tokens, or output positions of a convolution)."""
+        rows = contraction_rows(layer, x.float())  # (G, n, K)
+        if rows.shape[1] > limit:
+            rows = rows[:, torch.randperm(rows.shape[1], generator=generator)[:limit]]
+        product = rows.transpose(1, 2) @ rows
+        self.hessian = product if self.hessian is None else self.hessian + product
+        self.hessian_rows += rows.shape[1]
+
+
+def contraction_rows(layer: Quantizable, x: Tensor) -> Tensor:
+    """The vectors a layer multiplies its weight rows with: (groups, n, K), K in the order of `layers.weight_to_matrix`.
+
+    Raises:
+        CalibrationError: for transposed convolutions, whose output positions see different numbers of inputs.
+    """
+    if isinstance(layer, TRANSPOSED):
+        raise CalibrationError("transposed convolutions have no Hessian here; use rounding 'nearest' for them")
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    taps = len(layer.kernel_size)
+    x = x if x.ndim == taps + 2 else x[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    if taps == 1:
+        padded = padded[:, :, None]
+    kernel, stride, dilation = ((1,) * (2 - taps) + value for value in (layer.kernel_size, layer.stride, layer.dilation))
+    columns = F.unfold(padded, kernel, dilation=dilation, stride=stride)  # (N, C * taps, positions), channels slowest
+    columns = columns.unflatten(1, (layer.groups, -1, math.prod(kernel)))  # (N, G, C/G, taps, positions)
+    return columns.permute(1, 0, 4, 3, 2).flatten(3).flatten(1, 2)
+
+
+def collect(
+    model: nn.Module,
+    calls: Iterable[Call],
+    names: Iterable[str],
+    hessians: Iterable[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, InputStatistics]:
+    """Statistics of the inputs of the named layers over the calls; the same calls and seed give the same bits.
+
+    Args:
+        names: dotted names of Linear and convolution layers.
+        hessians: those of them whose Hessian is wanted.
+    Raises:
+        NonFiniteError: when an input holds a NaN or an infinity; names the layer.
+        CalibrationError: when there are no calls, or a layer was never reached.
+    """
+    calls, wanted = list(calls), set(hessians)
+    if not calls:
+        raise CalibrationError("no calls to calibrate on; give at least one input of the model")
+    found = {name: InputStatistics() for name in names}
+    generator, state, limit = torch.Generator().manual_seed(seed), TimestepState(), max(1, HESSIAN_ROWS // len(calls))
+    device = next(model.parameters()).device
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach().cpu()
+            check_finite(f"the input of layer {name!r} during calibration", x)
+            found[name].update(input_to_rows(layer, x.float()), state.value, generator)  # type: ignore[arg-type]
+            if name in wanted:
+                found[name].add_hessian(layer, x, limit, generator)  # type: ignore[arg-type]
+
+        return look
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in found]
+    with contextlib.suppress(CalibrationError):  # a model without a timestep: all inputs fall under one key
+        handles.append(state.attach(model))
+    try:
+        with torch.inference_mode():
+            for done, call in enumerate(calls, 1):
+                model(*to_device(call.args, device), **to_device(call.kwargs, device))
+                if progress:
+                    progress(done, len(calls))
+    finally:
+        for handle in handles:
+            handle.remove()
+    unseen = [name for name, statistics in found.items() if not statistics.count]
+    if unseen:
+        raise CalibrationError(f"{len(unseen)} layers were never reached by the calibration inputs, {unseen[0]!r} among them")
+    return found

@@ -1,0 +1,251 @@
+"""Folders on disk: written whole or not at all, and checked before anything in them is believed. Knows tensors, not modules.
+
+A quantized component is a folder with `config.json` and safetensors shards (docs/format.md). Its `quantization_config` entry holds
+the recipe, the spec of every packed layer and, when written by `hb.save`, the SHA-256 of each shard.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError as ShardError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from halfbyte.errors import CheckpointError, CorruptError, OutputExistsError, RecipeError, VersionError
+from halfbyte.recipe import LayerSpec, Recipe
+
+FORMAT_VERSION = 1
+METHOD = "halfbyte"
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
+MAX_SHARD = "5GB"
+
+
+def write_folder(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
+    """Make a folder by writing it under a temporary name beside it and renaming it at the end.
+
+    Args:
+        write: fills the empty folder it is given.
+    Returns:
+        The final path.
+    Raises:
+        OutputExistsError: when the path exists already.
+        CheckpointError: when writing fails (a full disk, no permission); the temporary folder is removed, also on Ctrl-C.
+    """
+    final = Path(path)
+    if final.exists():
+        raise OutputExistsError(f"{final} exists already; choose another output folder or remove it first")
+    partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        _sync(partial)
+        partial.rename(final)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        failure = _os_error(error)
+        if failure is not None and not isinstance(error, CheckpointError):
+            raise CheckpointError(_disk_sentence(final, failure)) from error
+        raise
+    return final
+
+
+def write_file(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Write a file under a temporary name and rename it, replacing an older one.
+
+    Raises:
+        CheckpointError: when it cannot be written; nothing is left behind then.
+    """
+    final = Path(path)
+    partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(final)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(_disk_sentence(final, error)) from error
+        raise
+    return final
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The operating system's error, also where safetensors has wrapped it in an error of its own."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, ShardError) and "os error 28" in str(error):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return None
+
+
+def _disk_sentence(path: Path, error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"the disk is full: {path} was not written; free some space and run again"
+    return f"{path} was not written: {error.strerror or error}"
+
+
+def _sync(folder: Path) -> None:
+    """Have the operating system put every file on the disk before the rename makes them visible."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while piece := handle.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def record_hashes(folder: Path) -> None:
+    """Write the digest of every shard of a component folder into its config's quantization entry."""
+    config = read_json(folder / CONFIG)
+    config["quantization_config"]["files"] = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def verify_hashes(folder: Path, files: Mapping[str, str]) -> None:
+    """Compare the shards of a folder with their recorded digests.
+
+    Raises:
+        CorruptError: when a shard is missing or differs; names it.
+    """
+    for name, expected in files.items():
+        if Path(name).name != name:
+            raise CorruptError(f"{folder} lists a shard {name!r} outside its own folder; the checkpoint is not to be trusted")
+        file = folder / name
+        if not file.is_file():
+            raise CorruptError(f"{folder} lacks its shard {name}; copy the folder again")
+        if sha256(file) != expected:
+            raise CorruptError(f"{file} was truncated or altered: its SHA-256 is not the recorded one; copy the folder again")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: when it cannot be read. CorruptError: when it is not a JSON object.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CorruptError(f"{file} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CorruptError(f"{file} holds a {type(data).__name__}, not a JSON object")
+    return data
+
+
+def layout(recipe: Recipe, specs: Mapping[str, LayerSpec], smoothed: list[str]) -> dict[str, Any]:
+    """The `quantization_config` entry: recipe, and the spec of every packed layer (each distinct spec written once)."""
+    distinct = list(dict.fromkeys(specs.values()))
+    entry: dict[str, Any] = {
+        "quant_method": METHOD,
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe.to_dict(),
+        "specs": [spec.to_dict() for spec in distinct],
+        "layers": {name: distinct.index(spec) for name, spec in specs.items()},
+    }
+    return entry | ({"smoothed": smoothed} if smoothed else {})
+
+
+LAYOUT_KEYS = {"quant_method", "format_version", "recipe", "specs", "layers", "smoothed", "files"}
+
+
+def parse_layout(entry: Mapping[str, Any], where: str) -> tuple[Recipe, dict[str, LayerSpec], list[str]]:
+    """The inverse of `layout`.
+
+    Raises:
+        VersionError: when a newer halfbyte wrote it. CorruptError: when an entry is missing, unknown or makes no sense.
+    """
+    version = entry.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise CorruptError(f"{where}: format_version must be a positive integer, got {version!r}")
+    if version > FORMAT_VERSION:
+        raise VersionError(
+            f"{where} has format version {version}; this halfbyte reads up to {FORMAT_VERSION}. Upgrade: pip install -U halfbyte"
+        )
+    unknown = set(entry) - LAYOUT_KEYS
+    if unknown:
+        raise CorruptError(f"{where}: quantization_config has unknown keys {sorted(unknown)}; allowed are {sorted(LAYOUT_KEYS)}")
+    try:
+        specs = [LayerSpec.from_dict(spec) for spec in entry["specs"]]
+        layers = {str(name): specs[_index(number, len(specs))] for name, number in entry["layers"].items()}
+        return Recipe.from_dict(entry["recipe"]), layers, [str(name) for name in entry.get("smoothed", [])]
+    except RecipeError as error:
+        raise CorruptError(f"{where}: {error}") from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CorruptError(f"{where}: quantization_config is damaged ({type(error).__name__}: {error})") from error
+
+
+def _index(number: Any, count: int) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < count:
+        raise IndexError(f"spec number {number!r} of {count}")
+    return number
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], max_shard: str = MAX_SHARD) -> None:
+    """A component folder from tensors: shards, their index where there are several, and config.json."""
+    split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=WEIGHTS, max_shard_size=max_shard)
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: tensors[key].contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a component folder.
+
+    Raises:
+        CorruptError: when there are no shards, or one is not a whole safetensors file; names it.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CorruptError(f"{folder} holds no .safetensors file")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        with unreadable(file), safe_open(file, framework="pt") as shard:
+            tensors.update((key, shard.get_tensor(key)) for key in shard.keys())  # noqa: SIM118
+    return tensors
+
+
+def read_header(files: Iterable[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and safetensors dtype name (such as U8, F32) of every tensor in some shards, without reading the tensors.
+
+    Raises:
+        CorruptError: when a shard is not a whole safetensors file; names it.
+    """
+    found = {}
+    for file in files:
+        with unreadable(file), safe_open(file, framework="pt") as shard:
+            for key in shard.keys():  # noqa: SIM118
+                entry = shard.get_slice(key)
+                found[key] = (tuple(entry.get_shape()), str(entry.get_dtype()))
+    return found
+
+
+@contextlib.contextmanager
+def unreadable(file: Path) -> Iterator[None]:
+    """Turns safetensors' own errors into a sentence that names the file."""
+    try:
+        yield
+    except ShardError as error:
+        raise CorruptError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from error

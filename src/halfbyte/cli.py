@@ -1,0 +1,187 @@
+"""The `halfbyte` command: a shell over functions, no computation of its own."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(
+    name="halfbyte",
+    help="Diffusion models in 4 bits: quantize, sample, compare.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@contextmanager
+def progress(description: str, total: int | None) -> Iterator[Callable[[int, str | None], None]]:
+    """A progress bar with the time left; yields a function that takes (units done, new description or None)."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    bar: Progress
+    with Progress(*columns) as bar:
+        task = bar.add_task(description, total=total)
+
+        def advance(units: int, now: str | None = None) -> None:
+            bar.update(task, advance=units, description=now or bar.tasks[0].description)
+
+        yield advance
+
+
+@app.command(epilog="Example:  halfbyte demo --images 256 -o my-demo")
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the page and its figures.")] = Path("halfbyte-demo"),
+    images: Annotated[int, typer.Option(min=2, help="Images sampled by each recipe.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampler steps.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    recipe: Annotated[list[str] | None, typer.Option(help="Recipes to run; may be repeated.")] = None,
+) -> None:
+    """Quantize the embedded model with every method; a table here, a page with pictures in OUTPUT/report.html."""
+    from halfbyte import demo as demo_room
+    from halfbyte.recipe import get_recipe
+    from halfbyte.report import save_results, write_report
+
+    demo_room.check_extras()
+    settings = demo_room.Settings(images, steps, seed, tuple(recipe or demo_room.RECIPES))
+    for name in settings.recipes:
+        get_recipe(name)
+    with progress("loading", settings.work) as advance:
+        results = demo_room.run(settings, advance)
+    output.mkdir(parents=True, exist_ok=True)
+    save_results(results, output / "results.json")
+    write_report(results, output / "report.html")
+    _print_runs(results)
+    typer.echo(f"\nThe page with the pictures: {(output / 'report.html').resolve()}")
+
+
+def _print_runs(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{results['settings']['images']} images, {results['settings']['steps']} steps, same noise for every row")
+    for heading in ("recipe", "bits", "size", "SQNR dB", "PSNR dB", "SSIM", "Frechet", "s/image"):
+        table.add_column(heading, justify="left" if heading == "recipe" else "right")
+    for run in results["runs"]:
+        table.add_row(
+            run["recipe"],
+            f"{run['bits']:.2f}",
+            f"{run['bytes'] / run['bytes_bf16']:.3f}x",
+            "" if run["sqnr"] is None else f"{run['sqnr']:.2f}",
+            "" if run["psnr"] is None else f"{run['psnr']['mean']:.2f}",
+            "" if run["ssim"] is None else f"{run['ssim']['mean']:.3f}",
+            f"{run['frechet']:.2f}",
+            f"{run['seconds_per_image']:.3f}",
+        )
+    Console().print(table)
+
+
+@app.command(epilog="Examples:  halfbyte quantize my-model -o my-model-4bit    halfbyte quantize my-model -o out --recipe my.yaml")
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Folder of a diffusers pipeline, or a model's name on the Hub.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the quantized pipeline.")],
+    recipe: Annotated[str, typer.Option(help="A preset, or a .json or .yaml file.")] = "quartz-w4a4",
+    calibrate: Annotated[int, typer.Option(min=1, help="Images to sample where the recipe needs calibration.")] = 16,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line, for calibration.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps of the calibration.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration.")] = 0,
+    layers: Annotated[bool, typer.Option("--layers", help="Print what became of every layer.")] = False,
+) -> None:
+    """Quantize a pipeline and save it; load it with DiffusionPipeline.from_pretrained after `import halfbyte`."""
+    from halfbyte import api
+    from halfbyte.conversion import stored_bytes
+    from halfbyte.errors import OutputExistsError
+    from halfbyte.recipe import get_recipe
+
+    chosen = get_recipe(recipe)
+    if output.exists():
+        raise OutputExistsError(f"{output} exists already; choose another output folder or remove it first")
+    lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()] if prompts else []
+    pipe = api.load_float(model)
+    done = 0
+    with progress(f"quantizing to {chosen.name}", None) as advance:
+
+        def layer_done(count: int, total: int) -> None:
+            nonlocal done
+            advance(count - done, f"quantizing layer {count} of {total}")
+            done = count
+
+        result = api.quantize(pipe, chosen, calibrate, prompts=lines, steps=steps, seed=seed, progress=layer_done)
+    api.save(pipe, output)
+    stored, plain = stored_bytes(result.model)
+    if layers:
+        typer.echo(result.table())
+    kept = sum(layer.spec is None for layer in result.layers)
+    typer.echo(
+        f"{len(result.layers) - kept} layers quantized, {kept} kept in float; "
+        f"{stored / 1e6:.2f} MB instead of {plain / 1e6:.2f} MB in bf16 ({stored / plain:.3f}x). Written to {output}"
+    )
+
+
+@app.command(epilog='Example:  halfbyte sample my-model-4bit -n 16 --steps 20 --prompt "a red bicycle" -o grid.png')
+def sample(
+    model: Annotated[Path, typer.Argument(help="Folder of a pipeline, quantized or not.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file of the grid.")] = Path("grid.png"),
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Images.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same images in every batch size.")] = 0,
+    prompt: Annotated[list[str] | None, typer.Option(help="For text-to-image models; may be repeated.")] = None,
+) -> None:
+    """Sample a grid of images."""
+    from halfbyte import api
+    from halfbyte.checkpoint import write_file
+    from halfbyte.evaluate import sample_images
+    from halfbyte.report.pictures import grid_png
+
+    pipe = api.load(model)
+    with progress("sampling", count * steps) as advance:
+        images = sample_images(pipe, count, steps, seed, prompts=prompt or [], advance=lambda units: advance(units, None))
+    write_file(output, grid_png(images, columns=max(1, round(count**0.5))))
+    typer.echo(f"{count} images in {output}")
+
+
+@app.command(epilog="Examples:  halfbyte info    halfbyte info my-model-4bit")
+def info(model: Annotated[Path | None, typer.Argument(help="Folder of a quantized pipeline or component.")] = None) -> None:
+    """Without MODEL: the backend and why. With MODEL: what the checkpoint holds, layer by layer."""
+    if model is None:
+        from halfbyte.demo import environment
+
+        for key, value in environment().items():
+            typer.echo(f"{key:10} {value}")
+        return
+    from halfbyte.api import describe
+
+    recipe, layers = describe(model)
+    typer.echo(f"recipe {recipe.name}: {len(layers)} packed layers")
+    width = max((len(name) for name in layers), default=0)
+    for name, spec in layers.items():
+        typer.echo(f"  {name.ljust(width)}  {spec.describe()}")
+
+
+def main() -> None:
+    """Entry point: intended errors end in one sentence, never in a traceback."""
+    from halfbyte.errors import HalfbyteError
+
+    try:
+        app(standalone_mode=False)
+    except HalfbyteError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)
+    except typer.Abort:
+        typer.secho("stopped", fg="red", err=True)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        typer.secho("stopped; nothing was written", fg="red", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

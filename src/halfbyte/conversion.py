@@ -1,0 +1,203 @@
+"""Recipes applied to models: float layers to trainable ones (`simulate`), trainable ones to packed ones (`pack`)."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.calibration import InputStatistics
+from halfbyte.errors import CalibrationError, ModelError, PackedError
+from halfbyte.layers import (
+    FAKE_QUANT,
+    TRANSPOSED,
+    Decision,
+    FakeQuant,
+    LayerReport,
+    check_finite,
+    matrix_to_weight,
+    module_kind,
+    swap,
+    unsupported,
+    weight_to_matrix,
+)
+from halfbyte.methods.gptq import gptq
+from halfbyte.methods.smooth import smooth_factors
+from halfbyte.metrics import sqnr
+from halfbyte.quantizers import weight_scale
+from halfbyte.recipe import LayerSpec, Recipe
+from halfbyte.runtime.layers import Packed, pack_layer
+from halfbyte.targets import TARGETS, Target
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+@dataclass
+class Result:
+    """What `quantize` did."""
+
+    model: nn.Module
+    recipe: Recipe
+    layers: list[LayerReport]
+    statistics: Mapping[str, InputStatistics] = field(default_factory=dict, repr=False)
+
+    def table(self) -> str:
+        """The layers as text, one line each."""
+        rows = [("layer", "kind", "shape", "became", "bits", "SQNR dB", "why")]
+        for layer in self.layers:
+            became = layer.spec.describe() if layer.spec else "float"
+            quality = "" if layer.weight_sqnr is None else f"{layer.weight_sqnr:.1f}"
+            shape = "x".join(map(str, layer.shape))
+            rows.append((layer.name, layer.kind, shape, became, f"{layer.bits:.2f}", quality, layer.reason))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, Any]:
+    """Linear and convolution layers that can be swapped, by name, in the order the model defines them."""
+    found = {}
+    for name, layer in model.named_modules():
+        if name and module_kind(layer) is not None and not unsupported(layer, model.get_submodule(name.rpartition(".")[0])):
+            found[name] = layer
+    return found
+
+
+def edges_of(model: nn.Module) -> tuple[Target, str]:
+    """Edge patterns of a model, and where they come from: the table of architectures, else the order of definition."""
+    kind = type(model).__name__
+    if kind in TARGETS:
+        return TARGETS[kind], f"the table of architectures ({kind})"
+    names = list(quantizable_layers(model))
+    ends = dict.fromkeys([names[0], names[-1]]) if names else {}
+    return Target(edges=tuple(f"^{re.escape(name)}$" for name in ends)), "first and last in the order of definition"
+
+
+def decide_by(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], Decision]:
+    """The rule of a recipe for a model: (name, layer) -> (spec or None, reason)."""
+    target, source = edges_of(model)
+    keep = [re.compile(pattern) for pattern in recipe.keep]
+
+    def decide(name: str, _: nn.Module) -> Decision:
+        matched = next((pattern.pattern for pattern in keep if pattern.search(name)), None)
+        if matched is not None:
+            return None, f"the recipe keeps {matched!r}"
+        if target.is_edge(name):
+            if recipe.edge is None:
+                return None, f"edge layer, kept by the recipe; known from {source}"
+            return recipe.edge, f"edge layer; known from {source}"
+        if recipe.after_silu is not None and target.is_after_silu(name):
+            return recipe.inner.replace(activation=recipe.after_silu), "its input is a SiLU or GELU output"
+        return recipe.inner, "recipe"
+
+    return decide
+
+
+def simulate(
+    model: nn.Module,
+    recipe: Recipe,
+    statistics: Mapping[str, InputStatistics] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Replace the layers of a model by trainable ones that round as the recipe says, in place.
+
+    Weights are checked before anything is changed: a NaN leaves the model as it was.
+
+    Args:
+        statistics: of the inputs of the layers; needed by recipes with smoothing or GPTQ.
+    Raises:
+        NonFiniteError: when a weight holds a NaN or an infinity; names it.
+        CalibrationError: when the recipe needs statistics and none are given.
+        ModelError: when the model holds no layer to quantize, or is quantized already.
+    """
+    if any(isinstance(module, (Packed, FakeQuant)) for module in model.modules()):
+        raise ModelError(f"this {type(model).__name__} is quantized already; start from the float model")
+    if recipe.needs_calibration and not statistics:
+        raise CalibrationError(f"recipe {recipe.name!r} uses smoothing or GPTQ and needs calibration; pass calibration=")
+    layers = quantizable_layers(model)
+    for name, layer in layers.items():
+        check_finite(f"{name}.weight", layer.weight)
+        if layer.bias is not None:
+            check_finite(f"{name}.bias", layer.bias)
+    quality: dict[str, float] = {}
+
+    def convert(name: str, layer: Any, spec: LayerSpec) -> nn.Module:
+        made = make_fake_quant(layer, spec, recipe.smooth, (statistics or {}).get(name))
+        matrix = weight_to_matrix(made, made.weight.detach().float())
+        quality[name] = sqnr(matrix, made.quantized_weight().dequantize())
+        if progress:
+            progress(len(quality), len(layers))
+        return made  # type: ignore[no-any-return]
+
+    reports = swap(model, decide_by(model, recipe), convert)
+    for report in reports:
+        report.weight_sqnr = quality.get(report.name)
+    return Result(model, recipe, reports, statistics or {})
+
+
+@torch.no_grad()
+def make_fake_quant(layer: Any, spec: LayerSpec, smooth: float | None, statistics: InputStatistics | None) -> Any:
+    """The trainable twin of one float layer: smoothed and compensated where asked, with the scales of its spec."""
+    factors = None
+    if smooth is not None and statistics is not None and isinstance(layer, nn.Linear):
+        factors = smooth_factors(statistics.channel_absmax, layer.weight.float().abs().amax(0), smooth)  # type: ignore[arg-type]
+        layer.weight.mul_(factors)
+    compensate = spec.weight.rounding == "gptq" and statistics is not None and statistics.hessian is not None
+    if not compensate:
+        made = FAKE_QUANT[module_kind(layer)].from_float(layer, spec)  # type: ignore[index]
+    else:
+        matrix = weight_to_matrix(layer, layer.weight.float())
+        scale = weight_scale(matrix, spec.weight)
+        hessian = statistics.hessian.double()  # type: ignore[union-attr]
+        if factors is not None:
+            hessian = hessian / factors.double() / factors.double()[:, None]
+        rows, scales = matrix.chunk(len(hessian)), scale.chunk(len(hessian))
+        parts = [gptq(part, own, spec.weight, scaling) for part, own, scaling in zip(rows, hessian, scales, strict=True)]
+        made = FAKE_QUANT[module_kind(layer)].from_float(layer, spec, scale)  # type: ignore[index]
+        made.weight.copy_(matrix_to_weight(layer, torch.cat(parts)))
+    if factors is not None:
+        made.input_scale = factors.reciprocal()
+    return made
+
+
+def wants_hessian(layer: Any, recipe: Recipe) -> bool:
+    """Whether the recipe compensates this layer's rounding (transposed convolutions are rounded to nearest)."""
+    return recipe.inner.weight.rounding == "gptq" and not isinstance(layer, TRANSPOSED)
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Turn the trainable layers of a model into packed 4-bit ones, in place; returns the model.
+
+    Raises:
+        PackedError: when a layer's spec exists for simulation only, or there is nothing to pack. Nothing is changed then.
+    """
+    found = [(name, layer) for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, FakeQuant)]
+    if not found:
+        raise PackedError(f"this {type(model).__name__} has no trainable quantized layers; quantize it with simulate=True first")
+    for name, layer in found:
+        hindrance = layer.spec.simulated_only()
+        if hindrance:
+            raise PackedError(f"{name} cannot be packed: {hindrance}; recipes with group scales are for comparison only")
+    packed: dict[int, nn.Module] = {}
+    for name, layer in found:
+        parent, _, child = name.rpartition(".")
+        if id(layer) not in packed:
+            packed[id(layer)] = pack_layer(layer)
+        setattr(model.get_submodule(parent), child, packed[id(layer)])
+    return model
+
+
+def packed_layers(model: nn.Module) -> dict[str, Packed]:
+    """The packed layers of a model by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Packed)}
+
+
+def stored_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the quantized layers' codes, scales and shifts, and of the same weights in bf16 (biases in neither)."""
+    stored = plain = 0
+    for layer in packed_layers(model).values():
+        tensors: list[Tensor | None] = [layer.weight_codes, layer.weight_scale, layer.weight_shift, layer.input_scale]
+        stored += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        plain += 2 * layer.weight.numel()
+    return stored, plain

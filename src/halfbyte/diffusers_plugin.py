@@ -1,0 +1,78 @@
+"""halfbyte as a quantization backend of diffusers: `from_pretrained`, `save_pretrained`, `PipelineQuantizationConfig`.
+
+diffusers has no entry point for third parties, so `register` writes into its two tables; `import halfbyte` arranges that it runs
+once diffusers is imported, before or after halfbyte.
+"""
+
+from typing import Any
+
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from halfbyte.checkpoint import METHOD
+from halfbyte.conversion import pack, simulate
+from halfbyte.hub import LayoutConfig, after_loading, before_loading, refuse_calibration
+from halfbyte.recipe import Recipe
+
+
+class HalfbyteConfig(LayoutConfig, QuantizationConfigMixin):
+    """`quantization_config` of a diffusers model; `HalfbyteConfig("quartz-w4a4")` quantizes while loading."""
+
+
+class HalfbyteQuantizer(DiffusersQuantizer):
+    """Loads packed layers, or packs a float model once it is loaded."""
+
+    use_keep_in_fp32_modules = True
+    is_serializable = True
+    is_trainable = False
+    is_compileable = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.checkpoint_files: list[str] = []
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Any) -> list[str]:
+        """Remember the shards; the keys stay."""
+        files = checkpoint_files or []
+        self.checkpoint_files = [files] if isinstance(files, str) else list(files)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            before_loading(model, self.quantization_config, self.checkpoint_files, kwargs.get("keep_in_fp32_modules"))
+        else:
+            refuse_calibration(self.quantization_config.recipe)
+        model.config["quantization_config"] = self.quantization_config
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        if self.pre_quantized:
+            after_loading(model)
+        else:
+            recipe = self.quantization_config.recipe
+            simulate(model, recipe)
+            pack(model)
+            attach(model, recipe)
+        return model
+
+
+def attach(model: Any, recipe: Recipe) -> None:
+    """Make a packed diffusers model save itself as one."""
+    config = HalfbyteConfig.from_model(model, recipe)
+    quantizer = HalfbyteQuantizer(config)
+    model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, config.quant_method
+    model.register_to_config(quantization_config=config)
+
+
+def is_diffusers_model(model: nn.Module) -> bool:
+    """Whether a module is a diffusers model, one that can save and load itself."""
+    from diffusers import ModelMixin
+
+    return isinstance(model, ModelMixin)
+
+
+def register() -> None:
+    """Enter halfbyte into diffusers' tables of quantization methods."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HalfbyteConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = HalfbyteQuantizer

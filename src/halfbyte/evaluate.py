@@ -1,0 +1,162 @@
+"""Float against quantized: the same noise through both, and what came out different."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from halfbyte.calibration import Call, find_denoiser, record_calls, sampler_arguments, to_device
+from halfbyte.conversion import packed_layers
+
+Advance = Callable[[int], None]  # called with the number of units done since the last call
+
+
+@torch.inference_mode()
+def sample_images(
+    pipe: Any,
+    count: int,
+    steps: int,
+    seed: int = 0,
+    batch: int = 32,
+    prompts: Sequence[str] = (),
+    advance: Advance | None = None,
+) -> Tensor:
+    """Images of a pipeline; image i depends on (seed, i) alone, not on the batch it is made in.
+
+    Args:
+        advance: called after every denoiser call with the images it served.
+    Returns:
+        float32 (count, C, H, W) in [0, 1].
+    """
+    pipe.set_progress_bar_config(disable=True)
+    denoiser, made = find_denoiser(pipe), []
+    for start in range(0, count, batch):
+        indices = range(start, min(count, start + batch))
+        share = len(indices)
+
+        def served(*_: Any, share: int = share) -> None:
+            if advance:
+                advance(share)
+
+        handle = denoiser.register_forward_hook(served)
+        try:
+            arguments = sampler_arguments(pipe, indices, count, steps, seed, prompts) | {"output_type": "pt"}
+            made.append(_as_tensor(pipe(**arguments).images))
+        finally:
+            handle.remove()
+    return torch.cat(made)
+
+
+def _as_tensor(images: Any) -> Tensor:
+    """What pipelines return for output_type 'pt': a tensor (N, C, H, W), or in some an array (N, H, W, C)."""
+    if isinstance(images, np.ndarray):
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    return images.float().cpu()  # type: ignore[no-any-return]
+
+
+@dataclass
+class States:
+    """Denoiser calls along the float model's own trajectories, with the noise it predicted there."""
+
+    calls: list[Call]
+    outputs: list[Tensor]
+    timesteps: list[float]
+
+
+@torch.inference_mode()
+def float_states(pipe: Any, trajectories: int, steps: int, seed: int, keep: int = 20, prompts: Sequence[str] = ()) -> States:
+    """Record the float pipeline: inputs, timesteps and predictions of at most `keep` calls, spread over the trajectory."""
+    denoiser = find_denoiser(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    calls = record_calls(pipe, trajectories, steps, seed, batch=trajectories, keep=keep, prompts=prompts)
+    outputs = [predict(denoiser, call) for call in calls]
+    return States(calls, outputs, [_timestep(call) for call in calls])
+
+
+def predict(denoiser: nn.Module, call: Call) -> Tensor:
+    """The denoiser's prediction for a recorded call, float32 on the CPU."""
+    device = next(denoiser.parameters()).device
+    output = denoiser(*to_device(call.args, device), **to_device(call.kwargs, device))
+    found = output[0] if isinstance(output, (tuple, list)) else getattr(output, "sample", output)
+    return found.float().cpu()  # type: ignore[no-any-return]
+
+
+def _timestep(call: Call) -> float:
+    value = call.kwargs.get("timestep", call.args[1] if len(call.args) > 1 else float("nan"))
+    return float(value.max()) if isinstance(value, Tensor) else float(value)
+
+
+@dataclass
+class SignalToNoise:
+    """Energies of a reference and of the difference to it, summed over as many tensors as were added."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, reference: Tensor, other: Tensor) -> None:
+        self.signal += float(reference.double().square().sum())
+        self.noise += float((reference.double() - other.double()).square().sum())
+
+    @property
+    def decibel(self) -> float:
+        """10 log10 of signal over noise; infinite for equal tensors, -infinite when the other is not finite."""
+        if self.noise != self.noise or self.noise == float("inf"):
+            return float("-inf")
+        if self.noise == 0:
+            return float("inf")
+        return 10 * float(np.log10(max(self.signal, 1e-300) / self.noise))
+
+
+@torch.inference_mode()
+def prediction_sqnr(denoiser: nn.Module, states: States, advance: Advance | None = None) -> tuple[float, list[tuple[float, float]]]:
+    """SQNR in dB of the predicted noise at the float model's states: over all, and by timestep (descending)."""
+    total = SignalToNoise()
+    by_timestep: dict[float, SignalToNoise] = {}
+    for call, reference, timestep in zip(states.calls, states.outputs, states.timesteps, strict=True):
+        found = predict(denoiser, call)
+        total.add(reference, found)
+        by_timestep.setdefault(timestep, SignalToNoise()).add(reference, found)
+        if advance:
+            advance(1)
+    return total.decibel, [(timestep, ratio.decibel) for timestep, ratio in sorted(by_timestep.items(), reverse=True)]
+
+
+@torch.inference_mode()
+def layer_sqnr(reference: nn.Module, quantized: nn.Module, calls: Sequence[Call]) -> dict[str, float]:
+    """SQNR in dB of each packed layer's output, given the float model's input of that layer: the damage each does alone."""
+    found: dict[str, SignalToNoise] = {}
+
+    def compare(name: str, layer: Any) -> Callable[..., None]:
+        def look(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            found.setdefault(name, SignalToNoise()).add(output, layer(args[0]))
+
+        return look
+
+    layers = packed_layers(quantized)
+    handles = [reference.get_submodule(name).register_forward_hook(compare(name, layer)) for name, layer in layers.items()]
+    try:
+        for call in calls:
+            predict(reference, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: ratio.decibel for name, ratio in found.items()}
+
+
+@dataclass
+class Stopwatch:
+    """Seconds inside `with` blocks."""
+
+    seconds: float = 0.0
+    _started: float = field(default=0.0, repr=False)
+
+    def __enter__(self) -> "Stopwatch":
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started

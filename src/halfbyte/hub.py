@@ -1,0 +1,115 @@
+"""What the diffusers and transformers plug-ins share: the stored config, and what happens before and after weights are loaded."""
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfbyte.checkpoint import LAYOUT_KEYS, METHOD, layout, parse_layout, read_header, verify_hashes
+from halfbyte.conversion import packed_layers
+from halfbyte.errors import CorruptError, ModelError, RecipeError, listed
+from halfbyte.recipe import LayerSpec, Recipe, get_recipe
+from halfbyte.layers import FLOAT32_BUFFERS
+from halfbyte.runtime.layers import Packed, install, packed_shapes
+
+SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.float32: "F32"}
+
+
+class Method(str, Enum):
+    """The quant_method of both libraries; they ask for an enum."""
+
+    HALFBYTE = METHOD
+
+
+class LayoutConfig:
+    """The `quantization_config` of a model: a recipe to apply, or the layout of layers that are packed already.
+
+    Args:
+        recipe: a preset's name, a Recipe or a mapping, applied while loading a float model.
+        stored: the other entries of a saved config (docs/format.md); only loaders pass them.
+    Raises:
+        RecipeError, CorruptError, VersionError: for what cannot be understood.
+    """
+
+    quant_method: Any = Method.HALFBYTE
+
+    def __init__(self, recipe: Any = "quartz-w4a4", **stored: Any) -> None:
+        self.quant_method = Method.HALFBYTE
+        self.files: dict[str, str] = dict(stored.get("files") or {})
+        self.layers: dict[str, LayerSpec] = {}
+        self.smoothed: list[str] = []
+        if "layers" in stored or "format_version" in stored:
+            self.recipe, self.layers, self.smoothed = parse_layout({"recipe": recipe, **stored}, "config.json")
+            return
+        unknown = set(stored) - {"quant_method"}
+        if unknown:
+            raise RecipeError(f"a halfbyte config has no key {listed(unknown)}; its keys are {listed(LAYOUT_KEYS)}")
+        self.recipe = get_recipe(recipe)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, recipe: Recipe) -> Any:
+        """The config of a model whose layers are packed."""
+        made = cls(recipe)
+        layers = packed_layers(model)
+        made.layers = {name: layer.spec for name, layer in layers.items()}
+        made.smoothed = [name for name, layer in layers.items() if layer.input_scale is not None]
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: the layout once layers are packed, else the recipe alone."""
+        if not self.layers:
+            return {"quant_method": METHOD, "recipe": self.recipe.to_dict()}
+        return layout(self.recipe, self.layers, self.smoothed)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+def before_loading(model: nn.Module, config: LayoutConfig, files: Sequence[str | Path], keep_in_float32: list[str] | None) -> None:
+    """Check the shards against the config and put empty packed layers into a model that is still on the meta device.
+
+    Args:
+        files: the shards about to be loaded, as far as the library tells.
+        keep_in_float32: the library's list of names it must not cast; ours are appended.
+    Raises:
+        CorruptError: when shards were altered, or a packed layer's tensor is missing or has the wrong shape or dtype.
+    """
+    paths = [Path(file) for file in files]
+    if config.files and paths:
+        verify_hashes(paths[0].parent, config.files)
+    config.files = {}  # they describe those shards only, not what is saved from this model later
+    install(model, config.layers, config.smoothed)
+    if keep_in_float32 is not None:
+        keep_in_float32.extend(FLOAT32_BUFFERS)
+    if not paths or any(path.suffix != ".safetensors" for path in paths):
+        return
+    header = read_header(paths)
+    for name, layer in packed_layers(model).items():
+        for key, (shape, dtype) in packed_shapes(layer, layer.spec, name in config.smoothed).items():  # type: ignore[arg-type]
+            expected, found = (shape, SAFETENSORS_DTYPES[dtype]), header.get(f"{name}.{key}")
+            if found != expected:
+                came = f"is {found[1]} of shape {found[0]}" if found else "is missing"
+                raise CorruptError(f"{paths[0].parent}: {name}.{key} {came}; the config asks for {expected[1]} of shape {shape}")
+
+
+def after_loading(model: nn.Module) -> None:
+    """Raises CorruptError when a packed layer was left without its values."""
+    for name, layer in packed_layers(model).items():
+        hollow = [key for key, tensor in layer.state_dict().items() if tensor.device.type == "meta"]  # type: ignore[attr-defined]
+        if hollow:
+            raise CorruptError(f"the checkpoint has no values for {name}.{hollow[0]}")
+
+
+def refuse_calibration(recipe: Recipe) -> None:
+    """Raises ModelError for recipes that cannot be applied while loading."""
+    if recipe.needs_calibration:
+        raise ModelError(
+            f"recipe {recipe.name!r} needs calibration, which loading cannot do; use halfbyte.quantize(pipe, ...) instead"
+        )
+
+
+def is_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, Packed) for module in model.modules())

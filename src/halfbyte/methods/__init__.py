@@ -1,0 +1,1 @@
+"""Quantization methods by name: what each paper adds on top of the shared grids, scales and layers."""
