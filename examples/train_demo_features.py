@@ -3,8 +3,8 @@
     python examples/train_demo_features.py --train fashion-mnist-train.parquet --test fashion-mnist-test.parquet \\
         --output runs/features
 
-Data are parquet files in the Hub's image layout with a column `label`. Fifteen epochs take about eleven minutes on one core, or
-well under a minute on a GPU. The folder then holds the two files that lie beside `halfbyte/demo/features.py`; the docstring there
+Data are parquet files in the Hub's image layout with a column `label`. Fifteen epochs take about eleven minutes of one CPU core and
+reach 93 % on the test images. The folder then holds the two files that lie beside `halfbyte/demo/features.py`; the docstring there
 says what is in them.
 """
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from train_demo import load_images
 
@@ -90,7 +90,8 @@ def write(model: DemoFeatures, train_images: Tensor, test_accuracy: float, folde
     weights = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     weights = {name: value.cpu().contiguous() for name, value in weights.items()}
     path = folder / "features.safetensors"
-    save_file(weights, path, {"dataset": "Fashion-MNIST, 60,000 training images", "test_accuracy": f"{test_accuracy:.4f}"})
+    dataset = f"Fashion-MNIST, {len(train_images):,} training images"
+    path.write_bytes(save(weights, {"dataset": dataset, "test_accuracy": f"{test_accuracy:.4f}"}))
     features = all_features(model, train_images).double()
     statistics = {
         "features_sum": features.sum(0).cpu(),
@@ -98,11 +99,11 @@ def write(model: DemoFeatures, train_images: Tensor, test_accuracy: float, folde
         "count": torch.tensor(len(features)),
     }
     names = {
-        "dataset": f"Fashion-MNIST, {len(features):,} training images",
+        "dataset": dataset,
         "extractor": path.name,
         "extractor_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
-    save_file(statistics, folder / "statistics.safetensors", names)
+    (folder / "statistics.safetensors").write_bytes(save(statistics, names))
 
 
 def main() -> None:

@@ -154,7 +154,7 @@ def load_float(path: str | os.PathLike[str]) -> Any:
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(path), torch_dtype=torch.float32)
+        pipe = DiffusionPipeline.from_pretrained(str(path), dtype=torch.float32)
     except HalfbyteError:
         raise
     except LOADING_ERRORS as error:
@@ -192,12 +192,25 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None, **options:
             raise ModelError(f"{folder} holds a {name!r}, which diffusers does not know; pass into=<a float module of that class>")
     else:
         raise ModelError(f"{folder} is not a model: it has neither model_index.json nor config.json")
+    verify(folder)
     try:
-        return kind.from_pretrained(folder, **options)
+        return kind.from_pretrained(str(folder), **options)
     except HalfbyteError:
         raise
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{folder} cannot be loaded by diffusers: {error}") from error
+
+
+def verify(folder: Path) -> None:
+    """Check the recorded SHA-256 of every shard of a saved pipeline or component.
+
+    Raises:
+        CorruptError: when a shard is missing, truncated or altered; names it.
+    """
+    for config in (folder / checkpoint.CONFIG, *sorted(folder.glob(f"*/{checkpoint.CONFIG}"))):
+        entry = checkpoint.read_json(config).get("quantization_config") if config.is_file() else None
+        if isinstance(entry, dict) and isinstance(entry.get("files"), dict):
+            checkpoint.verify_hashes(config.parent, entry["files"])
 
 
 def _load_into(folder: Path, module: nn.Module) -> nn.Module:
@@ -207,7 +220,7 @@ def _load_into(folder: Path, module: nn.Module) -> nn.Module:
     config = LayoutConfig(**entry)
     before_loading(module, config, sorted(folder.glob("*.safetensors")), None)
     try:
-        module.load_state_dict(checkpoint.read_tensors(folder), assign=False)
+        module.load_state_dict(checkpoint.with_aliases(checkpoint.read_tensors(folder), module.state_dict()))
     except RuntimeError as error:
         raise CorruptError(f"{folder} does not fit this {type(module).__name__}: {error}") from error
     after_loading(module)

@@ -201,7 +201,12 @@ def _index(number: Any, count: int) -> int:
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], max_shard: str = MAX_SHARD) -> None:
-    """A component folder from tensors: shards, their index where there are several, and config.json."""
+    """A component folder from tensors: shards, their index where there are several, and config.json.
+
+    A tensor that goes by several names is written once, under its first; `with_aliases` finds the others again.
+    """
+    first = {same_storage(tensor): key for key, tensor in reversed(tensors.items())}
+    tensors = {key: tensor for key, tensor in tensors.items() if first[same_storage(tensor)] == key}
     split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=WEIGHTS, max_shard_size=max_shard)
     for name, keys in split.filename_to_tensors.items():
         save_file({key: tensors[key].contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
@@ -209,6 +214,18 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (folder / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def same_storage(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Equal for two names of one tensor (empty tensors, which have no memory, all count as one of their shape)."""
+    return tensor.data_ptr(), tuple(tensor.shape)
+
+
+def with_aliases(tensors: Mapping[str, Tensor], model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors completed by the names that share memory, in the model, with a name they hold."""
+    by_storage = {same_storage(tensor): tensors[key] for key, tensor in model_state.items() if key in tensors}
+    aliases = {key: by_storage[same_storage(t)] for key, t in model_state.items() if same_storage(t) in by_storage}
+    return {**aliases, **tensors}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

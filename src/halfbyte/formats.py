@@ -150,7 +150,7 @@ def round_to_grid(units: Tensor, grid: Grid) -> Tensor:
         return units.round().clamp_(grid.bottom, grid.top).add_(0.0)  # + 0.0 turns -0 into 0
     if not grid.signed:
         units = units.clamp(min=0)
-    index = torch.bucketize(units.abs(), _boundaries(grid).to(units.device), right=True)
+    index = torch.bucketize(units.abs().contiguous(), _boundaries(grid).to(units.device), right=True)
     return _magnitude_table(grid).to(units.device)[index].copysign(units).add_(0.0)
 
 
@@ -158,7 +158,7 @@ def levels_to_codes(levels: Tensor, grid: Grid) -> Tensor:
     """Codes (uint8) of values that are levels of the grid already; -128..127 and 0..255 for the 8-bit grids."""
     if grid.coding == "twos-complement":
         return (levels.to(torch.int16) & ((1 << grid.bits) - 1)).to(torch.uint8)
-    magnitudes = levels.abs()
+    magnitudes = levels.abs().contiguous()  # bucketize warns of copies
     if not grid.contiguous:
         magnitudes = torch.bucketize(magnitudes, _magnitude_table(grid).to(levels.device))
     codes = magnitudes.to(torch.uint8)

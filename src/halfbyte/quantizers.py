@@ -50,7 +50,7 @@ def round_with_shifts(units: Tensor, grid: Grid, max_shift: int, subgroup: int, 
     """Round each subgroup to `level << shift` with a shift of its own (leading-zero suppression, QuaRTZ stage 2).
 
     The shift is the paper's FLAG, the smallest at which the largest magnitude has no more bits than the table's top, or one more
-    where that lowers the squared error (15 on a table that ends at 7: FLAG 1 saturates at 14, shift 2 reaches 16). Truncation
+    where that lowers the squared error (31 on a table that ends at 7: FLAG 2 saturates at 28, shift 3 reaches 32). Truncation
     always takes FLAG and drops the low bits.
 
     Args:

@@ -287,7 +287,7 @@ def get_recipe(recipe: "str | Path | Recipe | dict[str, Any]") -> Recipe:
 def _read_mapping(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that cannot be
         raise RecipeError(f"recipe file {path} cannot be read: {error}") from error
     if path.suffix == ".json":
         try:

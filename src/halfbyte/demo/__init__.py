@@ -47,7 +47,7 @@ def load_pipeline() -> Any:
     """The embedded DDIMPipeline in float32: an unconditional denoiser of Fashion-MNIST images, padded to 32x32."""
     from diffusers import DDIMPipeline
 
-    pipe = DDIMPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    pipe = DDIMPipeline.from_pretrained(MODEL, dtype=torch.float32)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -35,6 +35,7 @@ from halfbyte.recipe import WeightSpec
 FALLBACK_DAMPS = (1e-3, 1e-2, 1e-1, 1.0)  # tried in turn, those above the one asked for, where the Hessian has no Cholesky factor
 
 
+@torch.no_grad()
 def gptq(
     matrix: Tensor,
     hessian: Tensor,
@@ -152,7 +153,7 @@ def inverse_factor(hessian: Tensor, damp: float, name: str = "this layer") -> Te
         lower, failed = torch.linalg.cholesky_ex(reverse)
         if failed:
             continue
-        factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+        factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
         if factor.isfinite().all():
             return factor
     raise CalibrationError(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import CalibrationError, ModelError, NonFiniteError, RecipeError
-from halfbyte.layers import TRANSPOSED, FakeQuant, Quantizable
+from halfbyte.layers import TRANSPOSED, Quantizable
 
 FAINT = 2.0**-24  # a channel this far below the largest one is treated as dead: no float32 sum of both would notice it
 AFFINE_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -119,16 +119,15 @@ def fold_into_norm(norm: nn.Module, consumers: Sequence[Quantizable], factors: T
         raise ModelError(f"{kind} has a gain of {tuple(norm.weight.shape)}, but there are {tuple(factors.shape)} factors")
     for layer in consumers:
         _check_consumer(layer, factors)
-    norm.weight.div_(factors)
-    if getattr(norm, "bias", None) is not None:
-        norm.bias.div_(factors)
-    for layer in consumers:
+    for parameter in norm.parameters(recurse=False):  # gain, and bias where there is one
+        parameter.div_(factors)
+    for layer in {id(layer.weight): layer for layer in consumers}.values():  # a weight that two layers share, once
         _multiply(layer, factors)
 
 
 def _check_consumer(layer: Any, factors: Tensor) -> None:
     kind = type(layer).__name__
-    if isinstance(layer, FakeQuant):
+    if hasattr(layer, "weight_scale"):
         raise ModelError(f"{kind} has its weight scales already; smooth the float layers before they are quantized")
     channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     if factors.shape != (channels,):
@@ -137,7 +136,7 @@ def _check_consumer(layer: Any, factors: Tensor) -> None:
 
 def _by_input_channel(layer: Any, weight: Tensor) -> Tensor:
     """A view of a weight as (groups, outputs, channels of the group, *taps), whatever the kind of layer."""
-    grouped = weight.unflatten(0, (getattr(layer, "groups", 1), -1))
+    grouped: Tensor = weight.unflatten(0, (getattr(layer, "groups", 1), -1))
     return grouped.transpose(1, 2) if isinstance(layer, TRANSPOSED) else grouped
 
 

@@ -7,6 +7,6 @@ matplotlib: pip install 'halfbyte[report]'.
 """
 
 from halfbyte.report.page import write_report
-from halfbyte.report.schema import check_results
+from halfbyte.report.schema import Results, check_results, load_results, save_results
 
-__all__ = ["check_results", "write_report"]
+__all__ = ["Results", "check_results", "load_results", "save_results", "write_report"]

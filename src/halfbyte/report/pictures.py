@@ -2,6 +2,7 @@
 
 import base64
 import io
+import struct
 
 import torch
 from torch import Tensor
@@ -33,15 +34,22 @@ def grid_png(images: Tensor, columns: int) -> bytes:
         raise MissingExtraError("pictures need pillow: pip install 'halfbyte[eval]'") from error
     grid = _tile(images.detach().cpu().float(), min(columns, len(images)))
     pixels = (grid.nan_to_num(nan=0.0).clamp(0, 1) * 255).round().to(torch.uint8)
-    picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
     file = io.BytesIO()
-    picture.save(file, format="PNG", optimize=True)
+    array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    Image.fromarray(array.numpy()).save(file, format="PNG", optimize=True)
     return file.getvalue()
 
 
 def data_uri(png: bytes) -> str:
     """The bytes of a PNG file as the address of an <img> that loads nothing."""
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+def picture_size(uri: str) -> tuple[int, int]:
+    """Width and height in pixels of a `data_uri`, from the PNG's header."""
+    header = base64.b64decode(uri.partition(",")[2][:32])
+    width, height = struct.unpack(">II", header[16:24])
+    return width, height
 
 
 def _tile(images: Tensor, columns: int) -> Tensor:

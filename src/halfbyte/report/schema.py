@@ -4,16 +4,19 @@ Numbers may be infinite or NaN where a recipe is lossless or broken; Python's js
 here are allowed and ignored. A change of meaning raises SCHEMA.
 """
 
+import json
 import math
 import re
 import types
 import typing
+from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from halfbyte.checkpoint import write_file
 from halfbyte.errors import HalfbyteError, listed
 
 SCHEMA = 1
-DATA_URI = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
+DATA_URI = re.compile(r"data:image/png;base64,iVBORw0KGgo[A-Za-z0-9+/]{21,}={0,2}")  # as long as a header, which starts so
 
 
 class Spread(TypedDict):
@@ -82,7 +85,7 @@ def check_results(results: Any) -> Results:
     """The same results, known to be complete.
 
     Raises:
-        HalfbyteError: when the schema is another one, a key is missing, or a value has the wrong type; the sentence names the place.
+        HalfbyteError: when the schema is another one, a key is missing or a value has the wrong type; it names the place.
     """
     if not isinstance(results, dict) or "schema" not in results:
         raise HalfbyteError(
@@ -99,8 +102,32 @@ def check_results(results: Any) -> Results:
         raise HalfbyteError(f"results.runs[0] ({first!r}) has an SQNR; the first run must be the float model, whose sqnr is null")
     for index, run in enumerate(checked["runs"]):
         if run["images"] is not None and not DATA_URI.fullmatch(run["images"]):
-            raise HalfbyteError(f"results.runs[{index}].images must start with 'data:image/png;base64,' and hold base64 or be null")
+            raise HalfbyteError(f"results.runs[{index}].images must be null or a PNG as 'data:image/png;base64,...'")
     return checked
+
+
+def save_results(results: Any, path: str | Path) -> None:
+    """Write results as JSON, whole or not at all.
+
+    Raises:
+        HalfbyteError: when `check_results` refuses them.
+        CheckpointError: when the file cannot be written.
+    """
+    write_file(path, json.dumps(check_results(results), indent=1).encode("utf-8"))
+
+
+def load_results(path: str | Path) -> Results:
+    """The results of a JSON file.
+
+    Raises:
+        HalfbyteError: when the file cannot be read, is not JSON, or `check_results` refuses it.
+    """
+    try:
+        return check_results(json.loads(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise HalfbyteError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # not UTF-8 or not JSON; a HalfbyteError is no ValueError
+        raise HalfbyteError(f"{path} is not JSON: {error}") from error
 
 
 def _check(place: str, value: Any, hint: Any) -> None:

@@ -24,11 +24,25 @@ from halfbyte.runtime.ops import quantized_forward
 class PackedWeight(Tensor):
     """Stands where a float weight would: shape, dtype and device, no values."""
 
+    _is_hf_initialized = True  # transformers draws random values for weights that a checkpoint lacks, unless they say this
+
     @property
     def data(self) -> Tensor:  # type: ignore[override]
         raise PackedError(
             "a packed 4-bit layer has no float weight to read or write; merge the adapter into the float model and quantize that"
         )
+
+
+class _NoBackward(torch.autograd.Function):
+    """Lets a forward pass through that nobody differentiates, and refuses the backward that somebody asks for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG004
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:  # noqa: ARG004
+        raise PackedError("packed layers are for inference and pass no gradients; quantize with simulate=True to train")
 
 
 class Packed(Float32Scales):
@@ -88,14 +102,10 @@ class Packed(Float32Scales):
         return decode_weight(codes, shift, spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise PackedError(
-                "packed layers are for inference and pass no gradients; run the model under torch.no_grad(), "
-                "or quantize with simulate=True to train"
-            )
-        if self.input_scale is not None:
-            x = (x * self.input_scale).to(x.dtype)
-        return quantized_forward(self, x, self.levels(), self.weight_scale, self.bias, self.spec.activation)
+        with torch.no_grad():
+            scaled = x if self.input_scale is None else (x * self.input_scale).to(x.dtype)
+            y = quantized_forward(self, scaled, self.levels(), self.weight_scale, self.bias, self.spec.activation)
+        return _NoBackward.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}"  # type: ignore[misc]
@@ -162,13 +172,15 @@ def install(model: nn.Module, specs: Mapping[str, LayerSpec], smoothed: Collecti
     Raises:
         CorruptError: when a name is not a Linear or convolution layer of the model.
     """
+    everywhere = dict(model.named_modules(remove_duplicate=False))
+    made = {}
     for name, spec in specs.items():
-        try:
-            layer = model.get_submodule(name)
-        except AttributeError:
-            layer = None
+        layer = everywhere.get(name)
         kind = next((kind for kind in PACKED if isinstance(layer, kind)), None)
-        if kind is None or not name:
+        if kind is None:
             raise CorruptError(f"the checkpoint has a quantized layer {name!r}; this {type(model).__name__} has no such layer")
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, PACKED[kind].empty(layer, spec, name in smoothed))  # type: ignore[arg-type]
+        made[layer] = PACKED[kind].empty(layer, spec, name in smoothed)  # type: ignore[arg-type]
+    for name, layer in everywhere.items():  # a layer used in two places is replaced in both
+        if layer in made:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, made[layer])

@@ -1,0 +1,490 @@
+"""The report page: one file that loads nothing, says what the results say, and is written whole or not at all."""
+
+import base64
+import copy
+import io
+import json
+import math
+import os
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from halfbyte.errors import CheckpointError, HalfbyteError, MissingExtraError
+from halfbyte.report import check_results, load_results, save_results, write_report
+from halfbyte.report.charts import COLOURS, layer_plot, marker_points, timestep_plot
+from halfbyte.report.page import fixed, significant, spread
+from halfbyte.report.pictures import GUTTER, data_uri, grid_png, picture_size
+from halfbyte.report.svg import draw
+
+EVIL = "<script>alert('$x_{1')</script>"
+LAYERS = ("conv_in", "down_blocks.0.conv1", "down_blocks.0.conv2", "down_blocks.1.to_q", f"mid_block.{EVIL}", "conv_out")
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+def make_layer(name: str, sqnr: float | None) -> dict:
+    kept = sqnr is None
+    return {
+        "name": name,
+        "kind": "Conv2d",
+        "shape": [32, 16, 3, 3],
+        "weight": None if kept else "lzs4<<4/16",
+        "activation": None if kept else "int8",
+        "bits": 16.0 if kept else 4.25,
+        "reason": "kept by the recipe" if kept else "inner layer",
+        "weight_sqnr": None if kept else sqnr + 3,
+        "output_sqnr": sqnr,
+    }
+
+
+def make_run(recipe: str, sqnr: float | None, size: int, bits: float) -> dict:
+    """A run; the float one where there is no SQNR."""
+    none = sqnr is None
+    return {
+        "recipe": recipe,
+        "weights": "lzs4<<4/16",
+        "activations": "int8",
+        "bits": bits,
+        "bytes": size,
+        "bytes_bf16": 8_000_000,
+        "sqnr": sqnr,
+        "sqnr_by_timestep": [] if none else [[900, sqnr + 2], [500, sqnr], [0, sqnr - 2]],
+        "psnr": None if none else {"mean": sqnr + 8, "stderr": 0.42},
+        "ssim": None if none else {"mean": 0.9125, "stderr": None},
+        "frechet": 1.234,
+        "seconds_per_image": 0.0512,
+        "layers": [] if none else [make_layer(name, None if name == "conv_in" else sqnr + i) for i, name in enumerate(LAYERS)],
+        "images": data_uri(grid_png(torch.linspace(0, 1, 256).view(4, 1, 8, 8), 2)),
+    }
+
+
+def make_results() -> dict:
+    runs = [
+        make_run("float", None, 8_000_000, 16.0),
+        make_run("quartz-w4a4", 16.44, 2_150_000, 4.3),
+        make_run("quartz-w4a8", 19.06, 2_150_000, 4.3),
+        make_run(EVIL, 7.9, 2_030_000, 4.06),
+        make_run("int8-w8a8", 31.5, 4_010_000, 8.02),
+    ]
+    settings = {"images": 64, "steps": 20, "seed": 0, "sampler": "DDIM", "features": "DemoFeatures", "reference_count": 60000}
+    environment = {"torch": "2.13.0", "threads": "2", EVIL: EVIL}
+    made = {"schema": 1, "model": f"demo {EVIL}", "created": "2025-11-21", "environment": environment}
+    return {**made, "settings": settings, "runs": runs}
+
+
+@pytest.fixture
+def results() -> dict:
+    return make_results()
+
+
+class Page(HTMLParser):
+    """A page taken apart: elements with their attributes, and text; fails where tags do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        assert len(dict(attributes)) == len(attributes), f"an attribute comes twice in {tag}"
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+            if self.open and {"td", "th"} & set(self.open):
+                self.rows[-1][-1] += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def prose(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Page:
+    """The page of the results as they are."""
+    return write(make_results(), tmp_path_factory.mktemp("report"))
+
+
+def write(results: dict, folder: Path) -> Page:
+    write_report(results, folder / "report.html")
+    return Page((folder / "report.html").read_text("utf-8"))
+
+
+# The page
+
+
+def test_the_page_loads_nothing(page):
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    assert "@import" not in page.text
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.elements}
+    for tag, attributes in page.elements:
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href", "data", "action"):
+                assert value.startswith(("data:image/png;base64,", "#")), f"{tag} {name}={value}"
+            assert not name.startswith("on")
+            assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", value or ""))
+    policy = next(meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+
+
+def test_names_are_text_not_markup(page):
+    assert "<script" not in page.text
+    assert page.prose.count(EVIL) >= 8  # title, heading, tables, captions, legend, layer name, environment
+
+
+def test_ids_are_unique_and_every_reference_leads_somewhere(page):
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    wanted = set()
+    for _, attributes in page.elements:
+        for name, value in attributes.items():
+            if name in ("aria-labelledby", "aria-describedby"):
+                wanted |= set(value.split())
+            wanted |= set(re.findall(r"url\(#([^)]*)\)", value or ""))
+            if name == "href":
+                wanted.add(value[1:])
+    assert wanted
+    assert wanted <= set(ids)
+
+
+def test_pictures_and_charts_speak(page):
+    assert [bool(image["alt"]) for image in page.all("img")] == [True] * 5
+    assert (page.all("img")[0]["width"], page.all("img")[0]["class"]) == (str(2 * 8 + GUTTER), "pixels")
+    charts = [svg for svg in page.all("svg") if svg.get("class") == "chart"]
+    assert len(charts) == 4  # two charts, each for wide and for narrow pages
+    assert all(svg["role"] == "img" and svg["aria-labelledby"] for svg in charts)
+    assert all(svg.get("aria-hidden") == "true" for svg in page.all("svg") if svg not in charts)
+    assert all(cell.get("scope") for cell in page.all("th"))
+    assert page.all("html") == [{"lang": "en"}]
+
+
+def test_the_table_says_what_the_results_say(page):
+    rows = [[" ".join(cell.split()) for cell in row] for row in page.rows]
+    head = ["Recipe", "Weights", "Activations", "Bits a weight", "Size MB", "Size of bf16"]
+    assert rows[0] == [*head, "SQNR dB ↑", "PSNR dB ↑", "SSIM ↑", "Frechet ↓", "Time s an image"]
+    assert rows[1][3:] == ["16.00", "8.00", "1.000×", "–", "–", "–", "1.23", "0.0512"]
+    kinds = ["quartz-w4a4lzs4<<4/16 × int8", "lzs4<<4/16", "int8"]  # the kinds stand below the name, too, for narrow pages
+    assert rows[2] == [*kinds, "4.30", "2.15", "0.269×", "16.4", "24.4 ± 0.4", "0.912", "1.23", "0.0512"]
+    layer = ["down_blocks.0.conv1", "Conv2d", "32×16×3×3", "lzs4<<4/16", "int8", "4.25", "20.4", "17.4", "inner layer"]
+    assert layer in rows
+    assert ["conv_in", "Conv2d", "32×16×3×3", "float", "float", "16.00", "–", "–", "kept by the recipe"] in rows
+
+
+def test_the_summary(page):
+    prose = page.prose
+    assert "How near 4 quantized versions stay to the float original, over 64 images each from the same noise." in prose
+    assert f"Smallest 0.254× of bf16 {EVIL}" in prose
+    assert "Closest with 4-bit weights 19.1 dB SQNR quartz-w4a8" in prose
+    assert "Compared 64 images from the same noise, 20 steps" in prose
+    assert "6 layers, 1 kept in float" in prose
+
+
+def test_the_frechet_distance_is_no_fid(page):
+    prose = page.prose
+    assert "to 60,000 real images, in the features of DemoFeatures. This is no FID :" in prose
+    assert "must not be compared with published FID" in prose
+    assert "A small sample (N = 64) makes it too large" in prose
+
+
+def test_what_was_not_measured_has_no_column(results, tmp_path):
+    for run in results["runs"]:
+        run.update(psnr=None, ssim=None, frechet=None, images=None, sqnr_by_timestep=[])
+        run["layers"] = [layer | {"weight_sqnr": None, "output_sqnr": None} for layer in run["layers"]]
+    results["settings"].update(features=None, reference_count=None)
+    made = write(results, tmp_path)
+    assert len(made.rows[0]) == 8
+    assert not made.all("img")
+    assert "FID" not in made.prose
+    assert "PSNR" not in made.prose
+    assert not [svg for svg in made.all("svg") if svg.get("class") == "chart"]
+
+
+def test_lossless_and_broken_runs(results, tmp_path):
+    lossless = {"mean": math.inf, "stderr": None}
+    results["runs"][1].update(sqnr=math.inf, psnr=lossless, sqnr_by_timestep=[[900, math.inf], [0, math.inf]])
+    results["runs"][2].update(sqnr=-math.inf, psnr={"mean": math.nan, "stderr": None}, frechet=math.nan)
+    results["runs"][2]["sqnr_by_timestep"] = [[900, math.nan], [500, 3.0], [0, -math.inf]]
+    results["runs"][4]["bytes_bf16"] = 0
+    made = write(results, tmp_path)
+    assert [row[6] for row in made.rows[1:6]] == ["–", "∞", "−∞", "7.9", "31.5"]
+    assert made.rows[3][7] == made.rows[3][9] == "NaN"
+    assert made.rows[5][5] == "–"
+    assert f"Closest with 4-bit weights 7.9 dB SQNR {EVIL}" in made.prose
+
+
+def test_the_float_model_alone(results, tmp_path):
+    results["runs"] = results["runs"][:1]
+    assert len(write(results, tmp_path).rows) == 2
+
+
+def test_the_same_results_make_the_same_page(results, page, tmp_path):
+    assert write(results, tmp_path).text == page.text
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "shown"),
+    [(1.25, 1, "1.2"), (-3.14159, 2, "−3.14"), (-0.04, 1, "0.0"), (None, 1, "–"), (math.nan, 1, "NaN"), (-math.inf, 1, "−∞")],
+)
+def test_numbers(value, digits, shown):
+    assert fixed(value, digits) == shown
+
+
+def test_numbers_with_three_digits():
+    shown = [significant(value) for value in (0.01234, 0.5, 1.0, 12.345, 123.4, 123456.0, 0.0, math.inf, None)]
+    assert shown == ["0.0123", "0.500", "1.00", "12.3", "123", "123456", "0", "∞", "–"]
+    assert spread({"mean": 0.5, "stderr": 0.25}, 2) == "0.50 ± 0.25"
+
+
+# Charts
+
+
+def test_markers_and_colours_differ():
+    assert len({marker_points(style) for style in range(COLOURS)}) == COLOURS
+    assert len({(style % COLOURS, marker_points(style)) for style in range(COLOURS**2)}) == COLOURS**2
+
+
+def test_chart_of_layers_follows_the_model(results):
+    results["runs"][2]["layers"] = results["runs"][2]["layers"][::2]  # a run that knows fewer layers
+    plot = layer_plot(results["runs"][1:])
+    assert [block[2] for block in plot.blocks] == ["conv_in", "down_blocks.0", "down_blocks.1", "mid_block", "conv_out"]
+    assert plot.blocks[1][:2] == (1, 2)
+    assert [len(line.y) for line in plot.series] == [len(LAYERS)] * 4
+    assert [math.isnan(value) for value in plot.series[1].y] == [True, True, False, True, False, True]
+
+
+def test_chart_of_layers_takes_weights_where_outputs_are_unknown(results):
+    for run in results["runs"]:
+        run["layers"] = [layer | {"output_sqnr": None} for layer in run["layers"]]
+    assert layer_plot(results["runs"][1:]).title == "SQNR of each layer's weights"
+
+
+def test_many_blocks_are_named_by_their_first_part(results):
+    for run in results["runs"][1:]:
+        run["layers"] = [make_layer(f"blocks.{index}.to_q", 10.0) for index in range(30)]
+    assert layer_plot(results["runs"][1:]).blocks == [(0, 29, "blocks")]
+
+
+def test_chart_of_timesteps_runs_from_noise_to_image(results):
+    plot = timestep_plot(results["runs"][1:])
+    assert plot.reverse
+    assert list(plot.series[0].x) == [0, 500, 900]
+    assert "18.4 to 14.4 for quartz-w4a4" in plot.description
+
+
+def test_drawings_have_the_pages_colours_and_fonts(results):
+    results["runs"][1]["layers"][0]["name"] = "\x00日本 $"  # neither XML nor matplotlib's font nor its formulas know these
+    for drawing in draw(layer_plot(results["runs"][1:])).values():
+        assert "var(--series-0)" in drawing
+        assert "#0000" not in drawing
+        assert "font-family" not in drawing
+        assert "日本 $" in drawing
+        assert "xmlns" not in drawing
+
+
+def test_the_callers_style_does_not_reach_the_chart(results):
+    import matplotlib
+
+    plot = timestep_plot(results["runs"][1:])
+    plain = draw(plot)
+    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30}):
+        assert draw(plot) == plain
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+# Pictures
+
+
+def read(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_puts_every_pixel_in_its_place(channels):
+    images = torch.rand(5, channels, 6, 4, generator=torch.Generator().manual_seed(0))
+    grid = read(grid_png(images, 3)).reshape(2 * 6 + GUTTER, 3 * 4 + 2 * GUTTER, channels)
+    seen = np.zeros(grid.shape[:2], bool)
+    for index, image in enumerate(images):
+        rows = slice(index // 3 * (6 + GUTTER), index // 3 * (6 + GUTTER) + 6)
+        columns = slice(index % 3 * (4 + GUTTER), index % 3 * (4 + GUTTER) + 4)
+        np.testing.assert_array_equal(grid[rows, columns], (image * 255).round().byte().permute(1, 2, 0).numpy())
+        seen[rows, columns] = True
+    assert (grid[~seen] == 128).all()  # gutters and the missing sixth image
+
+
+def test_grid_of_few_images_is_no_wider_than_they_are():
+    assert read(grid_png(torch.zeros(2, 1, 4, 4), 8)).shape == (4, 8 + GUTTER)
+
+
+def test_grid_clamps_what_lies_outside():
+    image = torch.tensor([[-1.0, 0.0, 0.5], [1.0, 2.0, math.nan]]).view(1, 1, 2, 3)
+    assert read(grid_png(image, 1)).tolist() == [[0, 0, 128], [255, 255, 0]]
+    assert read(grid_png(image.bfloat16(), 1)).tolist() == [[0, 0, 128], [255, 255, 0]]
+
+
+def test_grid_refuses_what_is_no_image():
+    for images in (torch.zeros(1, 2, 4, 4), torch.zeros(4, 4), torch.zeros(0, 1, 4, 4), torch.zeros(1, 1, 4, 4).byte()):
+        with pytest.raises(HalfbyteError, match=r"a grid needs float \(N, C, H, W\)"):
+            grid_png(images, 1)
+    with pytest.raises(HalfbyteError, match="at least 1 column, got 0"):
+        grid_png(torch.zeros(1, 1, 4, 4), 0)
+
+
+def test_data_uri():
+    png = grid_png(torch.zeros(1, 3, 5, 7), 1)
+    uri = data_uri(png)
+    assert base64.b64decode(uri.removeprefix("data:image/png;base64,")) == png
+    assert picture_size(uri) == (7, 5)
+
+
+# Results
+
+
+def places(value: object, path: tuple = ()) -> list[tuple]:
+    """The path of every key of the schema in results; of lists, the last entry."""
+    if isinstance(value, list):
+        return places(value[-1], (*path, len(value) - 1)) if value and path[-1] != "shape" else []
+    if not isinstance(value, dict):
+        return []
+    keys = [] if path[-1:] == ("environment",) else [(*path, key) for key in value]
+    return keys + [found for key, entry in value.items() for found in places(entry, (*path, key))]
+
+
+def test_every_missing_key_is_named(results):
+    assert check_results(results) is results
+    every = places(results)
+    assert len(every) > 35
+    for path in every:
+        broken = copy.deepcopy(results)
+        parent = broken
+        for step in path[:-1]:
+            parent = parent[step]
+        del parent[path[-1]]
+        with pytest.raises(HalfbyteError, match=rf"'{path[-1]}'"):
+            check_results(broken)
+
+
+WRONG = {
+    "another schema": (("schema",), 2, "have schema 2, this halfbyte reads 1"),
+    "a number for a string": (("model",), 5, "results.model must be a string, got int 5"),
+    "a string for a number": (("runs", 1, "bits"), "4", r"results.runs\[1\].bits must be a number, got str '4'"),
+    "true for a number": (("settings", "seed"), True, "results.settings.seed must be a whole number, got bool True"),
+    "null for a number": (("runs", 1, "bits"), None, r"runs\[1\].bits must be a number, got NoneType None"),
+    "a fraction for a count": (("settings", "images"), 1.5, "images must be a whole number, got float 1.5"),
+    "no list": (("runs",), {}, "results.runs must be a list, got dict {}"),
+    "no run": (("runs",), [], "the first run must be the float model"),
+    "no mapping": (("runs", 0), "float", r"results.runs\[0\] must be a mapping"),
+    "half a pair": (("runs", 1, "sqnr_by_timestep"), [[3]], r"sqnr_by_timestep\[0\] must be a list of 2 numbers"),
+    "half a spread": (
+        ("runs", 1, "psnr"),
+        {"mean": 3},
+        r"runs\[1\].psnr has no 'stderr'; it needs the keys 'mean', 'stderr'",
+    ),
+    "numbers in the environment": (("environment",), {"threads": 2}, "environment must be a mapping of strings to strings"),
+    "no float model": (("runs", 0, "sqnr"), 3.0, r"results.runs\[0\] \('float'\) has an SQNR"),
+    "a picture from elsewhere": (("runs", 1, "images"), "https://example.org/x.png", r"runs\[1\].images must be null or a PNG"),
+    "a picture that is none": (("runs", 1, "images"), "data:image/png;base64,AAAA", r"runs\[1\].images must be null or a PNG"),
+    "a long value": (("model",), ["x"] * 99, r"got list \['x', .{30,33}…$"),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "sentence"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_said(results, path, value, sentence, tmp_path):
+    parent = results
+    for step in path[:-1]:
+        parent = parent[step]
+    parent[path[-1]] = value
+    with pytest.raises(HalfbyteError, match=sentence):
+        write_report(results, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "results"])
+def test_other_files_are_no_results(value):
+    with pytest.raises(HalfbyteError, match="these are no results of halfbyte"):
+        check_results(value)
+
+
+def test_results_come_back_from_disk(results, tmp_path):
+    results["runs"][1]["sqnr"] = math.inf
+    save_results(results, tmp_path / "results.json")
+    assert load_results(tmp_path / "results.json") == results
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_unknown_keys_are_left_alone(results):
+    results["note"] = "by hand"
+    assert check_results(results)["note"] == "by hand"
+
+
+def test_results_that_cannot_be_read(tmp_path):
+    with pytest.raises(HalfbyteError, match=r"absent\.json cannot be read: No such file"):
+        load_results(tmp_path / "absent.json")
+    for content in (b"{", b"\xff\xfe"):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(HalfbyteError, match=r"bad\.json is not JSON"):
+            load_results(tmp_path / "bad.json")
+
+
+# Files
+
+
+@pytest.mark.parametrize("save", [write_report, save_results])
+def test_a_failed_write_leaves_the_old_file(results, tmp_path, monkeypatch, save):
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "out"
+    path.write_text("the old one")
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(CheckpointError, match="out was not written: Permission denied"):
+        save(results, path)
+    assert path.read_text() == "the old one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_without_the_extra_the_pip_line_is_given(results, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'halfbyte\[report\]'"):
+        write_report(results, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_pillow_the_pip_line_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'halfbyte\[eval\]'"):
+        grid_png(torch.zeros(1, 1, 4, 4), 1)
+
+
+def test_a_results_file_is_json_that_others_read(results, tmp_path):
+    save_results(results, tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_bytes())["schema"] == 1
