@@ -7,8 +7,6 @@ import pytest
 import torch
 
 
-
-
 def _unet(**changes: Any) -> Any:
     from diffusers import UNet2DModel
 

@@ -178,7 +178,7 @@ def test_calibration_is_asked_for(build, pipe):
 
 
 def test_unknown_recipes_and_strange_models_are_refused(pipe):
-    with pytest.raises(RecipeError, match="unknown recipe 'quartz'.*'int4-w4a4'"):
+    with pytest.raises(RecipeError, match=r"unknown recipe 'quartz'.*'int4-w4a4'"):
         hb.quantize(pipe, "quartz")
     with pytest.raises(ModelError, match="got dict"):
         hb.quantize({}, "quartz-w4a4")

@@ -3,7 +3,8 @@
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def quantize(
     prompts: Sequence[str] = (),
     steps: int = 20,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Result:
     """Quantize a model in place.
 
@@ -42,7 +43,7 @@ def quantize(
         simulate: leave trainable layers that round as the packed ones would, instead of packing.
         prompts: for text-to-image pipelines, the prompts to calibrate on.
         steps, seed: of the calibration's sampler.
-        progress: called with (done, total) layers.
+        progress: called with (what is being done, units done, units in all).
     Returns:
         A Result; `result.layers` accounts for every Linear and convolution layer, `print(result.table())` shows it.
     Raises:
@@ -55,8 +56,8 @@ def quantize(
         raise ModelError(f"recipe {chosen.name!r} cannot be packed: {hindrance}; pass simulate=True to study it")
     statistics = None
     if chosen.needs_calibration:
-        statistics = _statistics(model, module, chosen, calibration, prompts, steps, seed)
-    result = conversion.simulate(module, chosen, statistics, progress)
+        statistics = _statistics(model, module, chosen, calibration, prompts, steps, seed, progress)
+    result = conversion.simulate(module, chosen, statistics, _stage(progress, "quantizing layers"))
     if not simulate:
         pack_model(module, chosen)
     return result
@@ -70,19 +71,33 @@ def _module_of(model: Any) -> nn.Module:
     raise ModelError(f"a diffusers pipeline or a torch.nn.Module is needed, got {type(model).__name__}")
 
 
+def _stage(progress: Callable[[str, int, int], None] | None, stage: str) -> Progress | None:
+    return None if progress is None else partial(progress, stage)
+
+
 def _statistics(
-    model: Any, module: nn.Module, recipe: Recipe, calibration: Any, prompts: Sequence[str], steps: int, seed: int
+    model: Any,
+    module: nn.Module,
+    recipe: Recipe,
+    calibration: Any,
+    prompts: Sequence[str],
+    steps: int,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, InputStatistics]:
     if calibration is None:
         raise ModelError(f"recipe {recipe.name!r} uses smoothing or GPTQ and needs calibration; pass calibration=16 or some inputs")
     if isinstance(calibration, int):
         if isinstance(model, nn.Module):
             raise ModelError("a bare module has no sampler to calibrate with; pass its pipeline, or an iterable of inputs")
-        calls = record_calls(model, calibration, steps, seed, prompts=prompts)
+        calls = record_calls(
+            model, calibration, steps, seed, prompts=prompts, progress=_stage(progress, "sampling the float model")
+        )
     else:
         calls = [_as_call(entry) for entry in calibration]
     layers = quantizable_layers(module)
-    return collect(module, calls, layers, [name for name, layer in layers.items() if wants_hessian(layer, recipe)], seed)
+    hessians = [name for name, layer in layers.items() if wants_hessian(layer, recipe)]
+    return collect(module, calls, layers, hessians, seed, _stage(progress, "looking at the layers' inputs"))
 
 
 def _as_call(entry: Any) -> Call:
@@ -132,7 +147,7 @@ def save(model: Any, path: str | os.PathLike[str], max_shard_size: str = checkpo
             checkpoint.record_hashes(folder / name)
         else:
             if _plugin(module) is not None:
-                module.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]
+                module.save_pretrained(folder, max_shard_size=max_shard_size)
             else:
                 config = LayoutConfig.from_model(module, getattr(module, RECIPE_ATTRIBUTE)).to_dict()
                 entries = {"_class_name": type(module).__name__, "quantization_config": config}

@@ -186,7 +186,7 @@ def contraction_rows(layer: Quantizable, x: Tensor) -> Tensor:
     if taps == 1:
         padded = padded[:, :, None]
     kernel, stride, dilation = ((1,) * (2 - taps) + value for value in (layer.kernel_size, layer.stride, layer.dilation))
-    columns = F.unfold(padded, kernel, dilation=dilation, stride=stride)  # (N, C * taps, positions), channels slowest
+    columns: Tensor = F.unfold(padded, kernel, dilation=dilation, stride=stride)  # (N, C * taps, positions), channels slowest
     columns = columns.unflatten(1, (layer.groups, -1, math.prod(kernel)))  # (N, G, C/G, taps, positions)
     return columns.permute(1, 0, 4, 3, 2).flatten(3).flatten(1, 2)
 

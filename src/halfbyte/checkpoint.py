@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError as ShardError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +28,7 @@ METHOD = "halfbyte"
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 MAX_SHARD = "5GB"
+ShardError = SafetensorError  # what safetensors raises on a file that is none
 
 
 def write_folder(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
@@ -205,7 +205,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
 
     A tensor that goes by several names is written once, under its first; `with_aliases` finds the others again.
     """
-    first = {same_storage(tensor): key for key, tensor in reversed(tensors.items())}
+    first = {same_storage(tensor): key for key, tensor in reversed(list(tensors.items()))}
     tensors = {key: tensor for key, tensor in tensors.items() if first[same_storage(tensor)] == key}
     split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=WEIGHTS, max_shard_size=max_shard)
     for name, keys in split.filename_to_tensors.items():

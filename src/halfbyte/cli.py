@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,19 +23,19 @@ app = typer.Typer(
 
 
 @contextmanager
-def progress(description: str, total: int | None) -> Iterator[Callable[[int, str | None], None]]:
-    """A progress bar with the time left; yields a function that takes (units done, new description or None)."""
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar with the time left; yields a function that takes (what is being done, units done, units in all)."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     bar: Progress
     with Progress(*columns) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task("loading", total=None)
 
-        def advance(units: int, now: str | None = None) -> None:
-            bar.update(task, advance=units, description=now or bar.tasks[0].description)
+        def report(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
 
-        yield advance
+        yield report
 
 
 @app.command(epilog="Example:  halfbyte demo --images 256 -o my-demo")
@@ -54,8 +55,8 @@ def demo(
     settings = demo_room.Settings(images, steps, seed, tuple(recipe or demo_room.RECIPES))
     for name in settings.recipes:
         get_recipe(name)
-    with progress("loading", settings.work) as advance:
-        results = demo_room.run(settings, advance)
+    with progress() as report:
+        results = demo_room.run(settings, report)
     output.mkdir(parents=True, exist_ok=True)
     save_results(results, output / "results.json")
     write_report(results, output / "report.html")
@@ -105,16 +106,9 @@ def quantize(
     if output.exists():
         raise OutputExistsError(f"{output} exists already; choose another output folder or remove it first")
     lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()] if prompts else []
-    pipe = api.load_float(model)
-    done = 0
-    with progress(f"quantizing to {chosen.name}", None) as advance:
-
-        def layer_done(count: int, total: int) -> None:
-            nonlocal done
-            advance(count - done, f"quantizing layer {count} of {total}")
-            done = count
-
-        result = api.quantize(pipe, chosen, calibrate, prompts=lines, steps=steps, seed=seed, progress=layer_done)
+    with progress() as report:
+        pipe = api.load_float(model)
+        result = api.quantize(pipe, chosen, calibrate, prompts=lines, steps=steps, seed=seed, progress=report)
     api.save(pipe, output)
     stored, plain = stored_bytes(result.model)
     if layers:
@@ -141,9 +135,9 @@ def sample(
     from halfbyte.evaluate import sample_images
     from halfbyte.report.pictures import grid_png
 
-    pipe = api.load(model)
-    with progress("sampling", count * steps) as advance:
-        images = sample_images(pipe, count, steps, seed, prompts=prompt or [], advance=lambda units: advance(units, None))
+    with progress() as report:
+        pipe = api.load(model)
+        images = sample_images(pipe, count, steps, seed, prompts=prompt or [], progress=partial(report, "sampling"))
     write_file(output, grid_png(images, columns=max(1, round(count**0.5))))
     typer.echo(f"{count} images in {output}")
 

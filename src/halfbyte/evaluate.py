@@ -1,8 +1,7 @@
 """Float against quantized: the same noise through both, and what came out different."""
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from halfbyte.calibration import Call, find_denoiser, record_calls, sampler_arguments, to_device
 from halfbyte.conversion import packed_layers
 
-Advance = Callable[[int], None]  # called with the number of units done since the last call
+Progress = Callable[[int, int], None]  # (done, total)
 
 
 @torch.inference_mode()
@@ -23,31 +22,33 @@ def sample_images(
     seed: int = 0,
     batch: int = 32,
     prompts: Sequence[str] = (),
-    advance: Advance | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Images of a pipeline; image i depends on (seed, i) alone, not on the batch it is made in.
 
     Args:
-        advance: called after every denoiser call with the images it served.
+        progress: called after every denoiser call with the image-steps done and in all.
     Returns:
         float32 (count, C, H, W) in [0, 1].
     """
     pipe.set_progress_bar_config(disable=True)
-    denoiser, made = find_denoiser(pipe), []
-    for start in range(0, count, batch):
-        indices = range(start, min(count, start + batch))
-        share = len(indices)
+    denoiser, made, done, share = find_denoiser(pipe), [], 0, 0
 
-        def served(*_: Any, share: int = share) -> None:
-            if advance:
-                advance(share)
+    def served(*_: Any) -> None:
+        nonlocal done
+        done += share
+        if progress:
+            progress(done, count * steps)
 
-        handle = denoiser.register_forward_hook(served)
-        try:
+    handle = denoiser.register_forward_hook(served)
+    try:
+        for start in range(0, count, batch):
+            indices = range(start, min(count, start + batch))
+            share = len(indices)
             arguments = sampler_arguments(pipe, indices, count, steps, seed, prompts) | {"output_type": "pt"}
             made.append(_as_tensor(pipe(**arguments).images))
-        finally:
-            handle.remove()
+    finally:
+        handle.remove()
     return torch.cat(made)
 
 
@@ -112,7 +113,7 @@ class SignalToNoise:
 
 
 @torch.inference_mode()
-def prediction_sqnr(denoiser: nn.Module, states: States, advance: Advance | None = None) -> tuple[float, list[tuple[float, float]]]:
+def prediction_sqnr(denoiser: nn.Module, states: States) -> tuple[float, list[tuple[float, float]]]:
     """SQNR in dB of the predicted noise at the float model's states: over all, and by timestep (descending)."""
     total = SignalToNoise()
     by_timestep: dict[float, SignalToNoise] = {}
@@ -120,8 +121,6 @@ def prediction_sqnr(denoiser: nn.Module, states: States, advance: Advance | None
         found = predict(denoiser, call)
         total.add(reference, found)
         by_timestep.setdefault(timestep, SignalToNoise()).add(reference, found)
-        if advance:
-            advance(1)
     return total.decibel, [(timestep, ratio.decibel) for timestep, ratio in sorted(by_timestep.items(), reverse=True)]
 
 
@@ -145,18 +144,3 @@ def layer_sqnr(reference: nn.Module, quantized: nn.Module, calls: Sequence[Call]
         for handle in handles:
             handle.remove()
     return {name: ratio.decibel for name, ratio in found.items()}
-
-
-@dataclass
-class Stopwatch:
-    """Seconds inside `with` blocks."""
-
-    seconds: float = 0.0
-    _started: float = field(default=0.0, repr=False)
-
-    def __enter__(self) -> "Stopwatch":
-        self._started = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._started

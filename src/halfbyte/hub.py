@@ -11,8 +11,8 @@ from torch import nn
 from halfbyte.checkpoint import LAYOUT_KEYS, METHOD, layout, parse_layout, read_header, verify_hashes
 from halfbyte.conversion import packed_layers
 from halfbyte.errors import CorruptError, ModelError, RecipeError, listed
-from halfbyte.recipe import LayerSpec, Recipe, get_recipe
 from halfbyte.layers import FLOAT32_BUFFERS
+from halfbyte.recipe import LayerSpec, Recipe, get_recipe
 from halfbyte.runtime.layers import Packed, install, packed_shapes
 
 SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.float32: "F32"}

@@ -41,7 +41,7 @@ def matrix_to_weight(layer: Quantizable, matrix: Tensor) -> Tensor:
     """The inverse of `weight_to_matrix`."""
     if isinstance(layer, nn.Linear):
         return matrix
-    weight = matrix.unflatten(1, (*layer.kernel_size, -1)).movedim(-1, 1)
+    weight: Tensor = matrix.unflatten(1, (*layer.kernel_size, -1)).movedim(-1, 1)
     if isinstance(layer, TRANSPOSED):
         weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
     return weight

@@ -213,10 +213,16 @@ def quantize_activation(x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor
         float32 integers (r, p, c) with the zero point already taken off, and float32 scales (r, 1, 1), or (r, 1, c) where the spec
         has channel groups: x is about integers * scale. Rows with a NaN or an infinity have integers 0 and scale NaN.
     """
-    values, grid = x.float(), get_grid(spec.grid)
-    rows, pixels, channels = values.shape
-    if values.numel() == 0:
-        return values, values.new_ones(rows, 1, 1)
+    if x.numel() == 0:
+        return x.float(), torch.ones(len(x), 1, 1, device=x.device)
+    step = max(1, CACHED_VALUES // x[0].numel())
+    parts = [_quantize_rows(part.float(), spec) for part in x.split(step)]
+    integers, scales = zip(*parts, strict=True)
+    return (integers[0], scales[0]) if len(parts) == 1 else (torch.cat(integers), torch.cat(scales))
+
+
+def _quantize_rows(values: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
+    grid, (rows, pixels, channels) = get_grid(spec.grid), values.shape
     if spec.group:
         padded = F.pad(values, (0, -channels % spec.group)).unflatten(-1, (-1, spec.group))
         flat = padded.permute(0, 2, 1, 3).reshape(-1, pixels * spec.group)
@@ -255,4 +261,4 @@ class _StraightThrough(torch.autograd.Function):
 
 def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
     """`rounded` as a value, `exact` as far as gradients are concerned (Bengio et al. 2013)."""
-    return _StraightThrough.apply(exact, rounded)  # type: ignore[no-untyped-call, no-any-return]
+    return _StraightThrough.apply(exact, rounded)  # type: ignore[no-any-return]

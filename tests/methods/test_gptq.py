@@ -152,6 +152,17 @@ def test_dead_inputs_are_rounded_to_nearest(spec, order):
         assert torch.equal(result[:, dead], rounded[:, dead])
 
 
+@pytest.mark.parametrize("damp", [0.0, 0.01])
+def test_dead_inputs_do_not_disturb_the_others(damp):
+    matrix, hessian = layer(16, 60)
+    alive = torch.arange(60) % 7 != 2
+    scale = weight_scale(matrix, WeightSpec("e2m1"))
+    expected = gptq(matrix[:, alive], hessian[alive][:, alive], WeightSpec("e2m1"), scale, damp)
+    hessian[~alive] = 0
+    hessian[:, ~alive] = 0
+    assert torch.equal(gptq(matrix, hessian, WeightSpec("e2m1"), scale, damp)[:, alive], expected)
+
+
 def test_factor_is_a_root_of_the_inverse():
     _, hessian = layer(1, 50)
     factor = inverse_factor(hessian, 0.01)

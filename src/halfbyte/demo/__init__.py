@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -15,7 +16,7 @@ from torch import Tensor
 from halfbyte.api import quantize
 from halfbyte.conversion import Result, quantizable_layers, stored_bytes
 from halfbyte.errors import MissingExtraError
-from halfbyte.evaluate import Stopwatch, float_states, layer_sqnr, prediction_sqnr, sample_images
+from halfbyte.evaluate import float_states, layer_sqnr, prediction_sqnr, sample_images
 from halfbyte.metrics import FeatureStatistics, frechet_distance, psnr, spread, ssim
 from halfbyte.report.pictures import data_uri, grid_png
 from halfbyte.runtime.backends import backend
@@ -25,6 +26,7 @@ MODEL = HERE / "model"
 RECIPES = ("int8-w8a8", "int4-w4a4", "quartz-w4a4", "quartz-w4a8")
 STATE_TRAJECTORIES = 32  # images whose denoiser calls the noise predictions are compared on
 LAYER_CALLS = 3  # of those calls, how many the per-layer figures use
+Report = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
 PICTURED = 64  # images in each grid of the report
 
 
@@ -53,19 +55,19 @@ def load_pipeline() -> Any:
     return pipe
 
 
-def run(settings: Settings = Settings(), advance: Callable[[int, str], None] | None = None) -> dict[str, Any]:
+def run(settings: Settings = Settings(), report: Report | None = None) -> dict[str, Any]:
     """Sample, quantize and compare; the results dict that `report.write_report` takes.
 
     Args:
-        advance: called with (units done, what is being done).
+        report: called with (what is being done, units done, units in all).
     """
     pipe = load_pipeline()
     states = float_states(pipe, STATE_TRAJECTORIES, settings.steps, settings.seed + 1)
-    images, seconds = _sample(pipe, settings, "float", advance)
+    images, seconds = _sample(pipe, settings, "float", report)
     plain = 2 * sum(layer.weight.numel() for layer in quantizable_layers(pipe.unet).values())
     runs = [_float_run(images, seconds / settings.images, plain)]
     for name in settings.recipes:
-        runs.append(_quantized_run(pipe, name, settings, states, images, advance))
+        runs.append(_quantized_run(pipe, name, settings, states, images, report))
     return {
         "schema": 1,
         "model": "halfbyte demo: a DDPM UNet of Fashion-MNIST, 4.3 M parameters",
@@ -83,17 +85,17 @@ def run(settings: Settings = Settings(), advance: Callable[[int, str], None] | N
     }
 
 
-def _sample(pipe: Any, settings: Settings, name: str, advance: Callable[[int, str], None] | None) -> tuple[Tensor, float]:
-    watch = Stopwatch()
-    with watch:
-        images = sample_images(
-            pipe,
-            settings.images,
-            settings.steps,
-            settings.seed,
-            advance=None if advance is None else lambda units: advance(units, f"sampling {name}"),
-        )
-    return images, watch.seconds
+def _sample(pipe: Any, settings: Settings, name: str, report: Report | None) -> tuple[Tensor, float]:
+    share = settings.images * settings.steps
+    before = 0 if name == "float" else share * (1 + settings.recipes.index(name))
+
+    def progress(done: int, _: int) -> None:
+        if report:
+            report(f"sampling {name}", before + done, settings.work)
+
+    started = time.perf_counter()
+    images = sample_images(pipe, settings.images, settings.steps, settings.seed, progress=progress)
+    return images, time.perf_counter() - started
 
 
 def _float_run(images: Tensor, seconds: float, size: int) -> dict[str, Any]:
@@ -116,14 +118,14 @@ def _float_run(images: Tensor, seconds: float, size: int) -> dict[str, Any]:
 
 
 def _quantized_run(
-    pipe: Any, name: str, settings: Settings, states: Any, reference: Tensor, advance: Callable[[int, str], None] | None
+    pipe: Any, name: str, settings: Settings, states: Any, reference: Tensor, report: Report | None
 ) -> dict[str, Any]:
     student = copy.copy(pipe)
     student.register_modules(unet=copy.deepcopy(pipe.unet))
     result = quantize(student, name)
     sqnr, by_timestep = prediction_sqnr(student.unet, states)
     damage = layer_sqnr(pipe.unet, student.unet, states.calls[:: max(1, len(states.calls) // LAYER_CALLS)])
-    images, seconds = _sample(student, settings, name, advance)
+    images, seconds = _sample(student, settings, name, report)
     stored, plain = stored_bytes(student.unet)
     return {
         "recipe": name,

@@ -105,7 +105,7 @@ class Packed(Float32Scales):
         with torch.no_grad():
             scaled = x if self.input_scale is None else (x * self.input_scale).to(x.dtype)
             y = quantized_forward(self, scaled, self.levels(), self.weight_scale, self.bias, self.spec.activation)
-        return _NoBackward.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y  # type: ignore[no-any-return]
+        return _NoBackward.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}"  # type: ignore[misc]
