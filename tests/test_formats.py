@@ -29,7 +29,7 @@ TABLES = {
     "int8": [*range(128), *range(-128, 0)],
     "uint8": list(range(256)),
 }
-LARGEST_SHIFT = {"int4": 4, "lzs4": 4, "e2m1": 3, "e1m2": 4, "e3m0": 0, "ue2m2": 3, "ue1m3": 4, "ue3m1": 0, "int8": 0, "uint8": 0}
+LARGEST_SHIFT = {"int4": 0, "lzs4": 4, "e2m1": 3, "e1m2": 4, "e3m0": 0, "ue2m2": 3, "ue1m3": 4, "ue3m1": 0, "int8": 0, "uint8": 0}
 SIGN_MAGNITUDE = ("lzs4", "e2m1", "e1m2", "e3m0")
 
 every_grid = pytest.mark.parametrize("name", TABLES)
@@ -84,7 +84,7 @@ def test_levels_fit_their_byte_at_the_largest_shift_and_would_not_at_one_more(na
     shifted = [level << grid.largest_shift for level in grid.levels]
     assert limits.min <= min(shifted)
     assert max(shifted) <= limits.max
-    if grid.bits == 4:
+    if grid.bits == 4 and name != "int4":  # which carries none, see Grid.largest_shift
         assert max(shifted) * 2 > limits.max
 
 

@@ -160,7 +160,7 @@ IMPOSSIBLE = [
     (WeightSpec, {"grid": "e2m1", "max_shift": 4}, ["'e2m1'", "0 to 3", "max_shift 4"]),
     (WeightSpec, {"grid": "e3m0", "max_shift": 1}, ["0 to 0", "max_shift 1"]),
     (WeightSpec, {"grid": "int8", "max_shift": 1}, ["0 to 0", "max_shift 1"]),
-    (WeightSpec, {"max_shift": -1}, ["0 to 4", "max_shift -1"]),
+    (WeightSpec, {"max_shift": -1}, ["0 to 0", "max_shift -1"]),
     (WeightSpec, {"subgroup": 0}, ["subgroup must be 1 to 1024", "got 0"]),
     (WeightSpec, {"subgroup": 1025}, ["subgroup must be 1 to 1024", "got 1025"]),
     (WeightSpec, {"grid": "ue1m3"}, ["weights need a signed grid", "'ue1m3'"]),

@@ -41,25 +41,28 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 @app.command(epilog="Example:  halfbyte demo --images 256 -o my-demo")
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the page and its figures.")] = Path("halfbyte-demo"),
-    images: Annotated[int, typer.Option(min=2, help="Images sampled by each recipe.")] = 128,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampler steps.")] = 20,
+    images: Annotated[int, typer.Option(min=2, help="Images sampled by each recipe.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampler steps.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     recipe: Annotated[list[str] | None, typer.Option(help="Recipes to run; may be repeated.")] = None,
 ) -> None:
     """Quantize the embedded model with every method; a table here, a page with pictures in OUTPUT/report.html."""
     from halfbyte import demo as demo_room
+    from halfbyte.checkpoint import write_file
     from halfbyte.recipe import get_recipe
     from halfbyte.report import save_results, write_report
+    from halfbyte.report.pictures import grid_png
 
     demo_room.check_extras()
     settings = demo_room.Settings(images, steps, seed, tuple(recipe or demo_room.RECIPES))
     for name in settings.recipes:
         get_recipe(name)
     with progress() as report:
-        results = demo_room.run(settings, report)
+        results, strips = demo_room.run(settings, report)
     output.mkdir(parents=True, exist_ok=True)
     save_results(results, output / "results.json")
     write_report(results, output / "report.html")
+    write_file(output / "pictures.png", grid_png(strips, columns=len(strips) // len(results["runs"])))
     _print_runs(results)
     typer.echo(f"\nThe page with the pictures: {(output / 'report.html').resolve()}")
 

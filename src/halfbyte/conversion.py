@@ -24,7 +24,7 @@ from halfbyte.layers import (
     weight_to_matrix,
 )
 from halfbyte.methods.gptq import gptq
-from halfbyte.methods.smooth import smooth_factors
+from halfbyte.methods.smooth import scale_inputs, smooth_factors, weight_absmax
 from halfbyte.metrics import sqnr
 from halfbyte.quantizers import weight_scale
 from halfbyte.recipe import LayerSpec, Recipe
@@ -123,7 +123,7 @@ def simulate(
     quality: dict[str, float] = {}
 
     def convert(name: str, layer: Any, spec: LayerSpec) -> nn.Module:
-        made = make_fake_quant(layer, spec, recipe.smooth, (statistics or {}).get(name))
+        made = make_fake_quant(name, layer, spec, recipe.smooth, (statistics or {}).get(name))
         matrix = weight_to_matrix(made, made.weight.detach().float())
         quality[name] = sqnr(matrix, made.quantized_weight().dequantize())
         if progress:
@@ -137,27 +137,33 @@ def simulate(
 
 
 @torch.no_grad()
-def make_fake_quant(layer: Any, spec: LayerSpec, smooth: float | None, statistics: InputStatistics | None) -> Any:
+def make_fake_quant(name: str, layer: Any, spec: LayerSpec, smooth: float | None, statistics: InputStatistics | None) -> Any:
     """The trainable twin of one float layer: smoothed and compensated where asked, with the scales of its spec."""
-    factors = None
-    if smooth is not None and statistics is not None and isinstance(layer, nn.Linear):
-        factors = smooth_factors(statistics.channel_absmax, layer.weight.float().abs().amax(0), smooth)  # type: ignore[arg-type]
-        layer.weight.mul_(factors)
-    compensate = spec.weight.rounding == "gptq" and statistics is not None and statistics.hessian is not None
-    if not compensate:
-        made = FAKE_QUANT[module_kind(layer)].from_float(layer, spec)  # type: ignore[index]
-    else:
-        matrix = weight_to_matrix(layer, layer.weight.float())
-        scale = weight_scale(matrix, spec.weight)
-        hessian = statistics.hessian.double()  # type: ignore[union-attr]
-        if factors is not None:
-            hessian = hessian / factors.double() / factors.double()[:, None]
-        rows, scales = matrix.chunk(len(hessian)), scale.chunk(len(hessian))
-        parts = [gptq(part, own, spec.weight, scaling) for part, own, scaling in zip(rows, hessian, scales, strict=True)]
-        made = FAKE_QUANT[module_kind(layer)].from_float(layer, spec, scale)  # type: ignore[index]
-        made.weight.copy_(matrix_to_weight(layer, torch.cat(parts)))
-    if factors is not None:
-        made.input_scale = factors.reciprocal()
+    input_scale = hessian = None
+    if smooth is not None and statistics is not None and statistics.channel_absmax is not None:
+        factors = smooth_factors(statistics.channel_absmax, weight_absmax([layer]), smooth)
+        input_scale = scale_inputs(layer, factors)
+    if spec.weight.rounding == "gptq" and statistics is not None and statistics.hessian is not None:
+        hessian = statistics.hessian.double()
+        if input_scale is not None:
+            groups, count = hessian.shape[:2]
+            seen = input_scale.double().view(groups, -1)
+            seen = seen.repeat(1, count // seen.shape[1])  # K runs over taps, and over the group's channels in each
+            hessian = hessian * seen[:, None, :] * seen[:, :, None]
+    kind = FAKE_QUANT[module_kind(layer)]  # type: ignore[index]
+    made = kind.from_float(layer, spec) if hessian is None else _compensated(kind, layer, spec, hessian, name)
+    made.input_scale = input_scale
+    return made
+
+
+def _compensated(kind: type[FakeQuant], layer: Any, spec: LayerSpec, hessian: Tensor, name: str) -> Any:
+    """A trainable layer whose weights are GPTQ's, under scales found before; hessian: float64 (groups, K, K)."""
+    matrix = weight_to_matrix(layer, layer.weight.float())
+    scale = weight_scale(matrix, spec.weight)
+    groups = zip(matrix.chunk(len(hessian)), hessian, scale.chunk(len(hessian)), strict=True)
+    parts = [gptq(part, own, spec.weight, scaling, order="activation", name=name) for part, own, scaling in groups]
+    made = kind.from_float(layer, spec, scale)
+    made.weight.copy_(matrix_to_weight(layer, torch.cat(parts)))
     return made
 
 

@@ -63,9 +63,14 @@ class Grid:
 
     @property
     def largest_shift(self) -> int:
-        """Largest shift whose top level still fits int8 (signed) or uint8 (unsigned)."""
-        limit = 127 if self.signed else 255
-        return (limit // self.top).bit_length() - 1 if self.bits == 4 else 0
+        """Largest shift whose top level still fits int8 (signed) or uint8 (unsigned).
+
+        0 for 8-bit grids, and for int4: with shifts its lone -8 makes rounding twice differ from rounding once. lzs4 is int4
+        without the -8, and carries them.
+        """
+        if self.bits == 8 or self.coding == "twos-complement":
+            return 0
+        return ((127 if self.signed else 255) // self.top).bit_length() - 1
 
     @property
     def decoded_dtype(self) -> torch.dtype:

@@ -69,6 +69,13 @@ def rows_to_input(layer: Quantizable, rows: Tensor, shape: torch.Size) -> Tensor
     return rows.transpose(1, 2).reshape(shape)
 
 
+def scale_input(layer: Quantizable, x: Tensor, scale: Tensor) -> Tensor:
+    """An input times a factor a channel, float32 (C,), in the dtype of the input."""
+    if not isinstance(layer, nn.Linear):
+        scale = scale.view(-1, *(1 for _ in layer.kernel_size))
+    return (x * scale).to(x.dtype)
+
+
 def apply_layer(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The float operation of a layer with another input, weight and bias."""
     if isinstance(layer, nn.Linear):
@@ -136,7 +143,7 @@ class FakeQuant(Float32Scales):
         rounded = matrix_to_weight(layer, self.quantized_weight().dequantize()).to(self.weight.dtype)
         weight = straight_through(self.weight, rounded)
         if self.input_scale is not None:
-            x = (x * self.input_scale).to(x.dtype)
+            x = scale_input(layer, x, self.input_scale)
         if self.spec.activation is not None:
             integers, scale = quantize_activation(input_to_rows(layer, x.detach()), self.spec.activation)
             x = straight_through(x, rows_to_input(layer, integers * scale, x.shape).to(x.dtype))

@@ -85,9 +85,9 @@ def slow_product(layer, x, matrix):
 
 
 @contextmanager
-def one_thread():
+def two_threads():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     try:
         yield
     finally:
@@ -108,7 +108,7 @@ SETTINGS = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "bfloat16 products": loose_products,
     "without oneDNN": lambda: torch.backends.mkldnn.flags(enabled=False),
-    "one thread": one_thread,
+    "two threads": two_threads,
     "deterministic": lambda: torch.backends.mkldnn.flags(enabled=True, deterministic=True),
 }
 

@@ -28,14 +28,15 @@ STATE_TRAJECTORIES = 32  # images whose denoiser calls the noise predictions are
 LAYER_CALLS = 3  # of those calls, how many the per-layer figures use
 Report = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
 PICTURED = 64  # images in each grid of the report
+STRIP = 16  # images of each run in the one picture that shows all runs below each other
 
 
 @dataclass(frozen=True)
 class Settings:
     """Size of a demo run."""
 
-    images: int = 128
-    steps: int = 20
+    images: int = 256
+    steps: int = 10
     seed: int = 0
     recipes: tuple[str, ...] = RECIPES
 
@@ -55,20 +56,24 @@ def load_pipeline() -> Any:
     return pipe
 
 
-def run(settings: Settings = Settings(), report: Report | None = None) -> dict[str, Any]:
-    """Sample, quantize and compare; the results dict that `report.write_report` takes.
+def run(settings: Settings, report: Report | None = None) -> tuple[dict[str, Any], Tensor]:
+    """Sample, quantize and compare.
 
     Args:
         report: called with (what is being done, units done, units in all).
+    Returns:
+        The results that `report.write_report` takes, and the first STRIP images of every run, one run after another.
     """
     pipe = load_pipeline()
     states = float_states(pipe, STATE_TRAJECTORIES, settings.steps, settings.seed + 1)
     images, seconds = _sample(pipe, settings, "float", report)
     plain = 2 * sum(layer.weight.numel() for layer in quantizable_layers(pipe.unet).values())
-    runs = [_float_run(images, seconds / settings.images, plain)]
+    runs, strips = [_float_run(images, seconds / settings.images, plain)], [images[:STRIP]]
     for name in settings.recipes:
-        runs.append(_quantized_run(pipe, name, settings, states, images, report))
-    return {
+        row, made = _quantized_run(pipe, name, settings, states, images, report)
+        runs.append(row)
+        strips.append(made[:STRIP])
+    results = {
         "schema": 1,
         "model": "halfbyte demo: a DDPM UNet of Fashion-MNIST, 4.3 M parameters",
         "created": date.today().isoformat(),
@@ -83,6 +88,7 @@ def run(settings: Settings = Settings(), report: Report | None = None) -> dict[s
         },
         "runs": runs,
     }
+    return results, torch.cat(strips)
 
 
 def _sample(pipe: Any, settings: Settings, name: str, report: Report | None) -> tuple[Tensor, float]:
@@ -119,7 +125,7 @@ def _float_run(images: Tensor, seconds: float, size: int) -> dict[str, Any]:
 
 def _quantized_run(
     pipe: Any, name: str, settings: Settings, states: Any, reference: Tensor, report: Report | None
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Tensor]:
     student = copy.copy(pipe)
     student.register_modules(unet=copy.deepcopy(pipe.unet))
     result = quantize(student, name)
@@ -127,7 +133,7 @@ def _quantized_run(
     damage = layer_sqnr(pipe.unet, student.unet, states.calls[:: max(1, len(states.calls) // LAYER_CALLS)])
     images, seconds = _sample(student, settings, name, report)
     stored, plain = stored_bytes(student.unet)
-    return {
+    row = {
         "recipe": name,
         "weights": result.recipe.inner.weight.describe(),
         "activations": result.recipe.inner.activation.describe() if result.recipe.inner.activation else "float",
@@ -143,6 +149,7 @@ def _quantized_run(
         "layers": layer_rows(result, damage),
         "images": data_uri(grid_png(images[:PICTURED], 8)),
     }
+    return row, images
 
 
 def layer_rows(result: Result, damage: dict[str, float]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from halfbyte.errors import CorruptError, PackedError
 from halfbyte.formats import get_grid
 from halfbyte.layers import FLOAT32_BUFFERS as FLOAT32_BUFFERS
-from halfbyte.layers import FakeQuant, Float32Scales, Quantizable, adopt, matrix_shape
+from halfbyte.layers import FakeQuant, Float32Scales, Quantizable, adopt, matrix_shape, scale_input
 from halfbyte.packing import pack_nibbles, unpack_nibbles
 from halfbyte.quantizers import QuantizedWeight, decode_weight
 from halfbyte.recipe import LayerSpec
@@ -102,8 +102,9 @@ class Packed(Float32Scales):
         return decode_weight(codes, shift, spec)
 
     def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self
         with torch.no_grad():
-            scaled = x if self.input_scale is None else (x * self.input_scale).to(x.dtype)
+            scaled = x if self.input_scale is None else scale_input(layer, x, self.input_scale)
             y = quantized_forward(self, scaled, self.levels(), self.weight_scale, self.bias, self.spec.activation)
         return _NoBackward.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y
 
