@@ -185,7 +185,9 @@ class Trainer:
         self.ema.restore(net.parameters())
         pipe = DDIMPipeline(copy.to(torch.bfloat16), self.scheduler)
         pipe.save_pretrained(self.options.output / "model", max_shard_size="16MB")
-        pipe.unet.to(self.images.device, torch.float32)
+        for file in (self.options.output / "model").rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes 0600, which nobody else could read in a shared installation
+        pipe = DDIMPipeline(copy.float().to(self.images.device), self.scheduler)
         pipe.set_progress_bar_config(disable=True)
         pixels = pipe(64, torch.Generator("cpu").manual_seed(0), num_inference_steps=50, output_type="np").images
         tiles = pixels.reshape(8, 8, SIDE, SIDE, -1).transpose(0, 2, 1, 3, 4).reshape(8 * SIDE, 8 * SIDE, -1)
@@ -216,7 +218,7 @@ def train(trainer: Trainer) -> None:
             loss = trainer.step()
             if clock.step % 50 == 0:
                 value = trainer.accelerator.reduce(loss, "mean").item()
-                smoothed = value if smoothed is None else 0.9 * smoothed + 0.1 * value
+                smoothed = value if smoothed is None else 0.7 * smoothed + 0.3 * value
                 row = {"loss": round(value, 5), "lr": clock.learning_rate(options.learning_rate), **asdict(clock)}
                 if main:
                     log.write(json.dumps(row) + "\n")

@@ -1,5 +1,6 @@
 """Number grids against literal tables, an exact-fraction oracle of the tie rule, and an independent implementation of FP4."""
 
+import itertools
 from fractions import Fraction
 
 import ml_dtypes
@@ -54,7 +55,7 @@ def oracle(value, name):
 
 def midpoints(name):
     levels = sorted(set(TABLES[name]))
-    return [(low + high) / 2 for low, high in zip(levels, levels[1:], strict=False)]
+    return [(low + high) / 2 for low, high in itertools.pairwise(levels)]
 
 
 def test_the_tables_are_all_the_grids():

@@ -1,4 +1,4 @@
-"""Trainable layers of every kind: weights as matrices, inputs as rows, values as the packed layers round, gradients straight through."""
+"""Trainable layers of every kind: weights as matrices, inputs as rows, values as the packed layers round, and gradients."""
 
 import copy
 import itertools

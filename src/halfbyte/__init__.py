@@ -17,11 +17,12 @@ from halfbyte import _import_hook
 if TYPE_CHECKING:
     from halfbyte.api import load, quantize, save
     from halfbyte.api import pack_model as pack
+    from halfbyte.diffusers_plugin import HalfbyteConfig
     from halfbyte.errors import HalfbyteError
     from halfbyte.recipe import PRESETS, Recipe
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "HalfbyteError", "Recipe", "load", "pack", "quantize", "save"]
+__all__ = ["PRESETS", "HalfbyteConfig", "HalfbyteError", "Recipe", "load", "pack", "quantize", "save"]
 
 _HOMES = {
     "quantize": ("api", "quantize"),
@@ -31,6 +32,7 @@ _HOMES = {
     "PRESETS": ("recipe", "PRESETS"),
     "Recipe": ("recipe", "Recipe"),
     "HalfbyteError": ("errors", "HalfbyteError"),
+    "HalfbyteConfig": ("diffusers_plugin", "HalfbyteConfig"),
 }
 
 

@@ -93,6 +93,8 @@ def quantize(
     model: Annotated[Path, typer.Argument(help="Folder of a diffusers pipeline, or a model's name on the Hub.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the quantized pipeline.")],
     recipe: Annotated[str, typer.Option(help="A preset, or a .json or .yaml file.")] = "quartz-w4a4",
+    gptq: Annotated[bool, typer.Option("--gptq", help="Compensate rounding errors of the weights (minutes; calibrates).")] = False,
+    smooth: Annotated[float | None, typer.Option(min=0, max=1, help="Strength of SmoothQuant scaling (calibrates).")] = None,
     calibrate: Annotated[int, typer.Option(min=1, help="Images to sample where the recipe needs calibration.")] = 16,
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line, for calibration.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps of the calibration.")] = 20,
@@ -106,6 +108,8 @@ def quantize(
     from halfbyte.recipe import get_recipe
 
     chosen = get_recipe(recipe)
+    chosen = chosen.compensated() if gptq else chosen
+    chosen = chosen if smooth is None else chosen.smoothed(smooth)
     if output.exists():
         raise OutputExistsError(f"{output} exists already; choose another output folder or remove it first")
     lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()] if prompts else []

@@ -229,6 +229,15 @@ class Recipe(_Fields):
         edge_gptq = self.edge is not None and self.edge.weight.rounding == "gptq"
         return self.smooth is not None or self.inner.weight.rounding == "gptq" or edge_gptq
 
+    def compensated(self) -> "Recipe":
+        """This recipe with GPTQ error compensation of the inner weights; needs calibration."""
+        weight = self.inner.weight.replace(rounding="gptq")
+        return self.replace(name=f"{self.name}+gptq", inner=self.inner.replace(weight=weight))
+
+    def smoothed(self, strength: float) -> "Recipe":
+        """This recipe with SmoothQuant scaling of the inputs; needs calibration."""
+        return self.replace(name=f"{self.name}+smooth{strength:g}", smooth=strength)
+
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 

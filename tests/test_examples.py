@@ -1,0 +1,78 @@
+"""The training scripts run, stop and go on, and write what the demo loads."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def parquet(path, grey, count=24):
+    draw = np.random.default_rng(0)
+    rows = []
+    for index in range(count):
+        pixels = draw.integers(0, 256, (28, 28, 1 if grey else 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(np.broadcast_to(pixels, (28, 28, 3)).copy()).save(file, "PNG")
+        rows.append({"image": {"bytes": file.getvalue(), "path": None}, "label": index % 10})
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def run(script, *arguments):
+    command = [sys.executable, EXAMPLES / script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("grey", "width"), [(True, 16), (False, 16)])
+def test_training_runs_goes_on_and_leaves_a_pipeline(tmp_path, grey, width):
+    from diffusers import DiffusionPipeline
+
+    data = parquet(tmp_path / "data.parquet", grey)
+    options = ("--data", data, "--output", tmp_path / "out", "--width", width, "--batch-size", 4, "--no-compile", "--float32")
+    first = run("train_demo.py", *options, "--steps", 2)
+    assert first.returncode == 0, first.stderr
+    second = run("train_demo.py", *options, "--steps", 3)
+    assert "continuing from step 2" in second.stdout
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / "model")
+    assert pipe.unet.config.in_channels == (1 if grey else 3)
+    with Image.open(tmp_path / "out" / "samples.png") as picture:
+        assert picture.size == (512, 512)
+    assert not (tmp_path / "out" / "checkpoint.new").exists()
+
+
+@pytest.mark.slow
+def test_the_classifier_is_trained_and_its_statistics_written(tmp_path):
+    data = parquet(tmp_path / "data.parquet", grey=True)
+    done = run(
+        "train_demo_features.py",
+        "--train",
+        data,
+        "--test",
+        data,
+        "--output",
+        tmp_path / "out",
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--no-compile",
+    )
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"features.safetensors", "statistics.safetensors"}
+
+
+def test_a_parquet_without_images_is_refused(tmp_path):
+    pq.write_table(pa.table({"text": ["none"]}), tmp_path / "data.parquet")
+    done = run("train_demo.py", "--data", tmp_path / "data.parquet", "--output", tmp_path / "out")
+    assert done.returncode == 1
+    assert "'image' or 'img'" in done.stderr
+    assert "Traceback" not in done.stderr

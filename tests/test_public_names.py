@@ -1,0 +1,15 @@
+"""The public surface is what `__all__` says, and all of it can be had."""
+
+import halfbyte
+
+
+def test_public_names():
+    assert halfbyte.__all__ == ["PRESETS", "HalfbyteConfig", "HalfbyteError", "Recipe", "load", "pack", "quantize", "save"]
+    assert all(getattr(halfbyte, name) is not None for name in halfbyte.__all__)
+    assert set(halfbyte.__all__) <= set(dir(halfbyte))
+
+
+def test_the_version_is_the_packages():
+    import importlib.metadata
+
+    assert halfbyte.__version__ == importlib.metadata.version("halfbyte")
