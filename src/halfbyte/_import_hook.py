@@ -8,6 +8,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,15 @@ PLUGINS = {
 
 
 def _register(module_name: str) -> None:
-    importlib.import_module(PLUGINS[module_name]).register()
+    """Import the plug-in, which registers itself; where its own import is under way already, it will do so at its end.
+
+    This runs inside another library's import: a version we do not fit must not break it, so it only warns.
+    """
+    try:
+        importlib.import_module(PLUGINS[module_name])
+    except ImportError as error:
+        library = module_name.partition(".")[0]
+        warnings.warn(f"halfbyte does not fit this {library} and cannot load 4-bit checkpoints with it: {error}", stacklevel=2)
 
 
 class _Loader(importlib.abc.Loader):

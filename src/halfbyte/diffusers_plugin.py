@@ -1,7 +1,7 @@
 """halfbyte as a quantization backend of diffusers: `from_pretrained`, `save_pretrained`, `PipelineQuantizationConfig`.
 
-diffusers has no entry point for third parties, so `register` writes into its two tables; `import halfbyte` arranges that it runs
-once diffusers is imported, before or after halfbyte.
+diffusers has no entry point for third parties, so importing this module writes into its two tables; `import
+halfbyte` arranges that it is imported as soon as diffusers is, before or after halfbyte.
 """
 
 from typing import Any
@@ -72,7 +72,5 @@ def is_diffusers_model(model: nn.Module) -> bool:
     return isinstance(model, ModelMixin)
 
 
-def register() -> None:
-    """Enter halfbyte into diffusers' tables of quantization methods."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HalfbyteConfig
-    AUTO_QUANTIZER_MAPPING[METHOD] = HalfbyteQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HalfbyteConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = HalfbyteQuantizer

@@ -1,7 +1,7 @@
 """halfbyte as a quantization backend of transformers, for text encoders.
 
-An unregistered method is ignored there without a word and the model loads wrong weights, so `register` must have run before
-`from_pretrained`; `import halfbyte` arranges it.
+An unregistered method is ignored there without a word and the model loads wrong weights, so this module must be imported before
+`from_pretrained`, which writes into the tables of methods; `import halfbyte` arranges it.
 """
 
 from typing import Any
@@ -64,7 +64,5 @@ def is_transformers_model(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
-def register() -> None:
-    """Enter halfbyte into transformers' tables of quantization methods."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HalfbyteConfig
-    AUTO_QUANTIZER_MAPPING[METHOD] = HalfbyteHfQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HalfbyteConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = HalfbyteHfQuantizer
