@@ -136,7 +136,7 @@ class Trainer:
         return clean.contiguous(memory_format=torch.channels_last), noise, timesteps
 
     def step(self) -> Tensor:
-        """One optimizer step of the plain epsilon loss (Ho et al. 2020, eq. 14)."""
+        """One optimizer step of the epsilon loss (Ho et al. 2020, eq. 14), with min-SNR weights (Hang et al. 2023) if asked."""
         rate = self.clock.learning_rate(self.options.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -145,7 +145,8 @@ class Trainer:
         noisy = signal_part.sqrt() * clean + (1 - signal_part).sqrt() * noise
         with self.accelerator.autocast():
             predicted = self.forward(noisy, timesteps, return_dict=False)[0]
-        loss = F.mse_loss(predicted.float(), noise)
+        ratio = signal_part / (1 - signal_part)
+        loss = ((predicted.float() - noise).square() * (ratio.clamp(max=self.options.min_snr) / ratio)).mean()
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.net.parameters(), 1.0)
         self.optimizer.step()
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="or after this much training time, if sooner")
     parser.add_argument("--batch-size", type=int, default=128, help="over all processes (default 128)")
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="peak (default 8e-4)")
+    parser.add_argument("--min-snr", type=float, default=math.inf, help="gamma of min-SNR weights, such as 5 (default: none)")
     parser.add_argument("--ema", type=float, default=0.9995, help="longest memory of the averaged weights (default 0.9995)")
     parser.add_argument("--width", type=int, help="channels of the first level (default 32 grey, 128 colour)")
     parser.add_argument("--seed", type=int, default=0)
