@@ -214,11 +214,15 @@ def test_casts_leave_the_scales_in_float32(dtype):
     assert quantized.double().weight_scale.dtype == torch.float32
 
 
-def test_an_input_scale_is_multiplied_before_rounding():
-    layer, (x, *_) = make("linear")
+@every_layer
+def test_an_input_scale_is_multiplied_onto_channels_before_rounding(name):
+    layer, inputs = make(name)
     quantized, plain = fake(layer), fake(layer)
-    quantized.input_scale = torch.linspace(0.5, 2, 20)
-    assert torch.equal(quantized(x), plain(x * quantized.input_scale))
+    for x in inputs:
+        axis = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.ndim
+        quantized.input_scale = torch.linspace(0.5, 2, x.shape[axis])
+        scaled = torch.stack([part * factor for part, factor in zip(x.unbind(axis), quantized.input_scale, strict=True)], axis)
+        assert torch.equal(quantized(x), plain(scaled))
     assert quantized.half().input_scale.dtype == torch.float32
 
 

@@ -134,7 +134,7 @@ def test_a_shared_layer_is_converted_once_and_stays_shared():
     assert isinstance(model["a"], FakeQuantLinear)
     assert model["c"] is not model["a"]
     reasons = [(report.name, report.reason) for report in reports]
-    assert reasons == [("a", "recipe"), ("b.0", "recipe; shared with another place"), ("c", "recipe")]
+    assert reasons == [("a", "recipe"), ("b.0", "recipe; the same layer as a"), ("c", "recipe")]
 
 
 def test_a_shared_block_is_converted_once():

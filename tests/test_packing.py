@@ -62,6 +62,7 @@ def test_strided_codes_pack_like_contiguous_ones():
     for view in (codes.t(), codes[:, 1::3], codes[:, 1:8], codes[:1].expand(4, 10)):
         assert torch.equal(pack_nibbles(view), pack_nibbles(view.clone(memory_format=torch.contiguous_format)))
         assert torch.equal(unpack_nibbles(pack_nibbles(view), view.shape[-1]), view)
+        assert pack_nibbles(view).is_contiguous()
 
 
 def test_the_padding_nibble_is_ignored_when_read():

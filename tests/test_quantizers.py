@@ -15,14 +15,13 @@ from halfbyte.recipe import WeightSpec
 
 # Magnitudes of the grids that carry shifts, and their largest shift.
 MAGNITUDES = {
-    "int4": (range(8), 4),
     "lzs4": (range(8), 4),
     "e1m2": (range(8), 4),
     "e2m1": ([0, 1, 2, 3, 4, 6, 8, 12], 3),
     "ue1m3": (range(16), 4),
     "ue2m2": ([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28], 3),
 }
-INTEGER_GRIDS = ("int4", "lzs4", "e1m2", "ue1m3")
+INTEGER_GRIDS = ("lzs4", "e1m2", "ue1m3")
 TINY = float(np.finfo(np.float32).tiny)
 
 every_grid = pytest.mark.parametrize("name", MAGNITUDES)
@@ -33,11 +32,11 @@ def tensor(values):
 
 
 def nearest(value, name):
-    """The nearest level; of two equally near, the one of even magnitude index (-8 of int4 is index 8)."""
+    """The nearest level; of two equally near, the one of even magnitude index."""
     magnitudes = list(MAGNITUDES[name][0])
     levels = {(m, i) for i, m in enumerate(magnitudes)}
     if not name.startswith("u"):
-        levels |= {(-m, i) for m, i in levels} | ({(-8, 8)} if name == "int4" else set())
+        levels |= {(-m, i) for m, i in levels}
     return min(levels, key=lambda level: (abs(value - level[0]), level[1] % 2))[0]
 
 
@@ -78,7 +77,9 @@ def awkward_units(name, columns):
     limit = (MAGNITUDES[name][0][-1] << MAGNITUDES[name][1]) * 1.2
     integers = np.rint(generator.laplace(0, limit / 12, (6, columns))).clip(-limit, limit)
     quarters = np.rint(generator.normal(0, limit / 4, (4, columns))) / 4
-    edges = np.resize([7, 8, 15, 16, 31, 32, 63, 64, 127, 0, 0.5, 7.5, 7.75, 12, 14, 15.5, 111, 112, 120, 1e-40], (2, columns))
+    edges = np.resize(
+        [7, 8, 15, 16, 31, 32, 63, 64, 127, 0, 0.5, 7.5, 7.75, 12, 14, 15.5, 111, 112, 120, 200, 300, 1e-40], (2, columns)
+    )
     return np.concatenate([integers, quarters, edges, -edges, np.zeros((1, columns))]).astype(np.float32)
 
 

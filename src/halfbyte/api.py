@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from halfbyte import checkpoint, conversion
-from halfbyte.calibration import Call, InputStatistics, Progress, collect, find_denoiser, record_calls
-from halfbyte.conversion import Result, quantizable_layers, wants_hessian
+from halfbyte.calibration import DENOISERS, Call, InputStatistics, Progress, collect, find_denoiser, record_calls
+from halfbyte.conversion import Result, specs_of
 from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, ModelError
 from halfbyte.hub import LayoutConfig, after_loading, before_loading, is_packed
+from halfbyte.layers import FakeQuant
 from halfbyte.recipe import Recipe, get_recipe
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, checkpoint.ShardError)  # what bad folders raise
-RECIPE_ATTRIBUTE = "_halfbyte_recipe"  # remembered on packed modules, so that saving them can tell
+RECIPE_ATTRIBUTE = "_halfbyte_recipe"  # remembered on quantized modules, so that packing and saving them can tell
 
 
 def quantize(
@@ -51,13 +52,14 @@ def quantize(
     """
     chosen = get_recipe(recipe)
     module = _module_of(model)
-    hindrance = chosen.inner.simulated_only()
+    hindrance = chosen.simulated_only()
     if hindrance and not simulate:
         raise ModelError(f"recipe {chosen.name!r} cannot be packed: {hindrance}; pass simulate=True to study it")
     statistics = None
     if chosen.needs_calibration:
         statistics = _statistics(model, module, chosen, calibration, prompts, steps, seed, progress)
     result = conversion.simulate(module, chosen, statistics, _stage(progress, "quantizing layers"))
+    setattr(module, RECIPE_ATTRIBUTE, chosen)
     if not simulate:
         pack_model(module, chosen)
     return result
@@ -93,11 +95,13 @@ def _statistics(
         calls = record_calls(
             model, calibration, steps, seed, prompts=prompts, progress=_stage(progress, "sampling the float model")
         )
+    elif isinstance(calibration, (torch.Tensor, dict, Call)):
+        raise ModelError(f"calibration is a single {type(calibration).__name__}; put the inputs of the module into a list")
     else:
         calls = [_as_call(entry) for entry in calibration]
-    layers = quantizable_layers(module)
-    hessians = [name for name, layer in layers.items() if wants_hessian(layer, recipe)]
-    return collect(module, calls, layers, hessians, seed, _stage(progress, "looking at the layers' inputs"))
+    specs = specs_of(module, recipe)
+    hessians = [name for name, spec in specs.items() if spec.weight.rounding == "gptq"]
+    return collect(module, calls, specs, hessians, seed, _stage(progress, "looking at the layers' inputs"))
 
 
 def _as_call(entry: Any) -> Call:
@@ -136,25 +140,32 @@ def save(model: Any, path: str | os.PathLike[str], max_shard_size: str = checkpo
         OutputExistsError: when the folder exists. CheckpointError: when it cannot be written; nothing is left behind then.
         ModelError: when the model is not packed.
     """
-    module = _module_of(model)
-    if not is_packed(module):
-        raise ModelError(f"this {type(module).__name__} is not packed; run halfbyte.quantize on it first (and halfbyte.pack)")
+    packed = _packed_parts(model)
 
     def write(folder: Path) -> None:
-        if model is not module:
-            model.save_pretrained(folder, max_shard_size=max_shard_size)
-            name = next(name for name, part in model.components.items() if part is module)
-            checkpoint.record_hashes(folder / name)
+        if isinstance(model, nn.Module) and _plugin(model) is None:
+            config = LayoutConfig.from_model(model, getattr(model, RECIPE_ATTRIBUTE)).to_dict()
+            entries = {"_class_name": type(model).__name__, "quantization_config": config}
+            checkpoint.write_tensors(folder, model.state_dict(), entries, max_shard_size)
         else:
-            if _plugin(module) is not None:
-                module.save_pretrained(folder, max_shard_size=max_shard_size)
-            else:
-                config = LayoutConfig.from_model(module, getattr(module, RECIPE_ATTRIBUTE)).to_dict()
-                entries = {"_class_name": type(module).__name__, "quantization_config": config}
-                checkpoint.write_tensors(folder, module.state_dict(), entries, max_shard_size)
-            checkpoint.record_hashes(folder)
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        for name in packed:
+            checkpoint.record_hashes(folder / name)
 
     return checkpoint.write_folder(path, write)
+
+
+def _packed_parts(model: Any) -> list[str]:
+    """Folders of the packed components of a pipeline; "" for a module itself. Raises ModelError as `save` says."""
+    whole = {"": _module_of(model)}
+    parts = whole if isinstance(model, nn.Module) else {k: v for k, v in model.components.items() if isinstance(v, nn.Module)}
+    for part in parts.values():
+        if any(isinstance(layer, FakeQuant) for layer in part.modules()):
+            raise ModelError(f"this {type(part).__name__} is simulated, not packed; run halfbyte.pack on it first")
+    packed = [name for name, part in parts.items() if is_packed(part)]
+    if not packed:
+        raise ModelError(f"this {type(whole['']).__name__} is not packed; run halfbyte.quantize on it first (and halfbyte.pack)")
+    return packed
 
 
 def load_float(path: str | os.PathLike[str]) -> Any:
@@ -166,7 +177,7 @@ def load_float(path: str | os.PathLike[str]) -> Any:
     from diffusers import DiffusionPipeline
 
     folder = Path(path)
-    if folder.exists() and not (folder / "model_index.json").is_file():
+    if os.path.exists(folder) and not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     try:
         pipe = DiffusionPipeline.from_pretrained(str(path), dtype=torch.float32)
@@ -180,7 +191,7 @@ def load_float(path: str | os.PathLike[str]) -> Any:
 
 
 def load(path: str | os.PathLike[str], into: nn.Module | None = None, **options: Any) -> Any:
-    """Load what `save` wrote: a pipeline, a diffusers model, or (with `into`) the weights of a plain module.
+    """Load what `save` wrote: a pipeline, a diffusers or transformers model, or (with `into`) the weights of a plain module.
 
     Args:
         into: a float module of the saved architecture; its layers are replaced by the packed ones. Needed for plain modules.
@@ -193,27 +204,35 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None, **options:
         raise CheckpointError(f"{folder} is not a folder; give the folder that halfbyte.save or 'halfbyte quantize -o' wrote")
     if into is not None:
         return _load_into(folder, into)
-    import diffusers
-
-    if (folder / "model_index.json").is_file():
-        index = checkpoint.read_json(folder / "model_index.json")
-        kind: Any = diffusers.DiffusionPipeline
-        if not any((folder / name / checkpoint.CONFIG).is_file() for name in index):
-            raise CorruptError(f"{folder} has a model_index.json but none of its components has a config.json")
-    elif (folder / checkpoint.CONFIG).is_file():
-        name = checkpoint.read_json(folder / checkpoint.CONFIG).get("_class_name")
-        kind = getattr(diffusers, str(name), None)
-        if kind is None:
-            raise ModelError(f"{folder} holds a {name!r}, which diffusers does not know; pass into=<a float module of that class>")
-    else:
-        raise ModelError(f"{folder} is not a model: it has neither model_index.json nor config.json")
+    kind = _class_of(folder)
     verify(folder)
     try:
         return kind.from_pretrained(str(folder), **options)
     except HalfbyteError:
         raise
     except LOADING_ERRORS as error:
-        raise CheckpointError(f"{folder} cannot be loaded by diffusers: {error}") from error
+        raise CheckpointError(f"{folder} cannot be loaded by {kind.__module__.partition('.')[0]}: {error}") from error
+
+
+def _class_of(folder: Path) -> Any:
+    """The diffusers or transformers class that loads a saved folder."""
+    import diffusers
+
+    if (folder / "model_index.json").is_file():
+        index = checkpoint.read_json(folder / "model_index.json")
+        if not any((folder / name / checkpoint.CONFIG).is_file() for name in index):
+            raise CorruptError(f"{folder} has a model_index.json but none of its components has a config.json")
+        return diffusers.DiffusionPipeline
+    if not (folder / checkpoint.CONFIG).is_file():
+        raise ModelError(f"{folder} is not a model: it has neither model_index.json nor config.json")
+    config, library = checkpoint.read_json(folder / checkpoint.CONFIG), diffusers
+    name = config.get("_class_name")
+    if name is None and isinstance(config.get("architectures"), list):  # a text encoder
+        name, library = next(iter(config["architectures"]), None), importlib.import_module("transformers")
+    kind = getattr(library, str(name), None)
+    if not hasattr(kind, "from_pretrained"):
+        raise ModelError(f"{folder} holds a {name!r}, which diffusers does not know; pass into=<a float module of that class>")
+    return kind
 
 
 def verify(folder: Path) -> None:
@@ -244,13 +263,19 @@ def _load_into(folder: Path, module: nn.Module) -> nn.Module:
 
 
 def describe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, Any]]:
-    """Recipe and layer specs of a saved folder (a pipeline or one component), without loading a tensor."""
-    folder = Path(path)
-    candidates = [folder, *(child for child in sorted(folder.glob("*/")) if child.is_dir())] if folder.is_dir() else []
-    for candidate in candidates:
-        if (candidate / checkpoint.CONFIG).is_file():
-            entry = checkpoint.read_json(candidate / checkpoint.CONFIG).get("quantization_config")
-            if isinstance(entry, dict) and entry.get("quant_method") == checkpoint.METHOD:
-                recipe, layers, _ = checkpoint.parse_layout(entry, str(candidate))
-                return recipe, dict(layers)
-    raise ModelError(f"{folder} holds no halfbyte checkpoint (no config.json with a halfbyte quantization_config)")
+    """Recipe and layer specs of a saved folder (a pipeline or one component), without loading a tensor.
+
+    Where several components of a pipeline are quantized, layer names start with their component's, and the recipe is the
+    denoiser's.
+    """
+    folder, found = Path(path), {}
+    for config in (folder / checkpoint.CONFIG, *sorted(folder.glob(f"*/{checkpoint.CONFIG}"))):
+        entry = checkpoint.read_json(config).get("quantization_config") if config.is_file() else None
+        if isinstance(entry, dict) and entry.get("quant_method") == checkpoint.METHOD:
+            found[config.parent.name] = checkpoint.parse_layout(entry, str(config.parent))
+    if not found:
+        raise ModelError(f"{folder} holds no halfbyte checkpoint (no config.json with a halfbyte quantization_config)")
+    recipe, layers, _ = found[next((name for name in DENOISERS if name in found), next(iter(found)))]
+    if len(found) > 1:
+        layers = {f"{part}.{name}": spec for part, (_, specs, _) in found.items() for name, spec in specs.items()}
+    return recipe, layers

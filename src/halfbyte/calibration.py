@@ -20,6 +20,7 @@ from halfbyte.errors import CalibrationError
 from halfbyte.layers import TRANSPOSED, Quantizable, check_finite, input_to_rows
 from halfbyte.timestep import TimestepState
 
+DENOISERS = ("unet", "transformer")  # what pipelines call the network that predicts noise
 RESERVOIR = 4096  # values of the input kept per layer
 HESSIAN_ROWS = 8192  # input rows (tokens or pixels) that enter a layer's Hessian, over all calls
 
@@ -40,7 +41,7 @@ def find_denoiser(pipe: Any) -> nn.Module:
     Raises:
         CalibrationError: when the pipeline has neither.
     """
-    for name in ("unet", "transformer"):
+    for name in DENOISERS:
         found = getattr(pipe, name, None)
         if isinstance(found, nn.Module):
             return found
@@ -49,9 +50,9 @@ def find_denoiser(pipe: Any) -> nn.Module:
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:
-    """Tensors inside tuples, lists and dicts, moved (and detached)."""
+    """Tensors inside tuples, lists and dicts, detached and copied: what works on them in place leaves the originals alone."""
     if isinstance(value, Tensor):
-        return value.detach().to(device)
+        return value.detach().to(device, copy=True)
     if isinstance(value, (tuple, list)):
         return type(value)(to_device(entry, device) for entry in value)
     if isinstance(value, dict):
@@ -73,29 +74,33 @@ def record_calls(
 
     Args:
         trajectories: images sampled in all; their classes or prompts are spread evenly.
-        steps: of the sampler; every one of them is recorded at first, then at most `keep` calls stay, evenly spread.
+        steps: of the sampler; every one of them is recorded at first, then at most `keep` calls stay, spread evenly over the
+            steps, and over the batches in turn.
         prompts: for text-to-image pipelines; used in turn.
     Returns:
         Calls in the order they were made.
     Raises:
         CalibrationError: when the pipeline wants prompts and none are given.
     """
-    denoiser, calls = find_denoiser(pipe), []
+    denoiser, calls, starts = find_denoiser(pipe), [], range(0, trajectories, batch)
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(Call(to_device(args, "cpu"), to_device(kwargs, "cpu")))
         if progress:
-            progress(len(calls), steps * math.ceil(trajectories / batch))
+            progress(len(calls), steps * len(starts))
 
     handle = denoiser.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        for start in range(0, trajectories, batch):
+        for start in starts:
             size = min(batch, trajectories - start)
             pipe(**sampler_arguments(pipe, range(start, start + size), trajectories, steps, seed, prompts))
     finally:
         handle.remove()
-    stride = max(1.0, len(calls) / keep)
-    return [calls[int(index * stride)] for index in range(min(keep, len(calls)))]
+    if len(calls) <= keep:
+        return calls
+    length = len(calls) // len(starts)  # calls of one batch: every batch makes as many
+    kept = sorted((index % len(starts)) * length + index * length // keep for index in range(keep))
+    return [calls[index] for index in kept]
 
 
 def sampler_arguments(pipe: Any, indices: range, total: int, steps: int, seed: int, prompts: Sequence[str] = ()) -> dict[str, Any]:
@@ -129,7 +134,7 @@ class InputStatistics:
     total_square: float = 0.0
     ranges: dict[float | None, tuple[float, float]] = field(default_factory=dict)  # by timestep; None: the model has none
     channel_absmax: Tensor | None = None  # float32 (C,)
-    reservoir: Tensor = field(default_factory=lambda: torch.empty(0))  # float32, at most RESERVOIR values, uniform over all seen
+    reservoir: Tensor = field(default_factory=lambda: torch.empty(0))  # float32, RESERVOIR values, uniform over all seen, or all
     hessian: Tensor | None = None  # float32 (groups, K, K): sum of x x^T over `hessian_rows` rows
     hessian_rows: int = 0
 
@@ -140,6 +145,8 @@ class InputStatistics:
 
     def update(self, rows: Tensor, timestep: float | None, generator: torch.Generator) -> None:
         """Take in one input, float32 (r, p, c)."""
+        if not rows.numel():
+            return
         low, high = (float(value) for value in torch.aminmax(rows))
         known = self.ranges.get(timestep, (low, high))
         self.ranges[timestep] = (min(low, known[0]), max(high, known[1]))
@@ -151,13 +158,16 @@ class InputStatistics:
         self.count += rows.numel()
 
     def _sample(self, values: Tensor, generator: torch.Generator) -> None:
-        """Keep a uniform sample of everything seen: old and new values survive in proportion to their numbers."""
-        fresh = values[torch.randint(values.numel(), (min(RESERVOIR, values.numel()),), generator=generator)]
-        if self.count:
-            from_new = torch.rand(len(self.reservoir), generator=generator) < values.numel() / (self.count + values.numel())
-            picked = fresh[torch.randint(len(fresh), self.reservoir.shape, generator=generator)]
-            fresh = torch.where(from_new, picked, self.reservoir)
-        self.reservoir = fresh
+        """Keep everything while there is room, then a uniform sample: old and new values survive in proportion to their numbers."""
+        known, total = self.reservoir, self.count + values.numel()
+        if total <= RESERVOIR:
+            self.reservoir = torch.cat([known, values])
+            return
+        if 0 < len(known) < RESERVOIR:
+            known = known[torch.randint(len(known), (RESERVOIR,), generator=generator)]
+        fresh = values[torch.randint(len(values), (RESERVOIR,), generator=generator)]
+        from_new = torch.rand(RESERVOIR, generator=generator) < len(values) / total
+        self.reservoir = torch.where(from_new, fresh, known) if self.count else fresh
 
     def add_hessian(self, layer: Quantizable, x: Tensor, limit: int, generator: torch.Generator) -> None:
         """Add x x^T of at most `limit` random rows (tokens, or output positions of a convolution)."""
@@ -201,6 +211,8 @@ def collect(
 ) -> dict[str, InputStatistics]:
     """Statistics of the inputs of the named layers over the calls; the same calls and seed give the same bits.
 
+    The model runs in evaluation mode, without dropout and without updates of batch norms, and is put back as it was.
+
     Args:
         names: dotted names of Linear and convolution layers.
         hessians: those of them whose Hessian is wanted.
@@ -208,7 +220,7 @@ def collect(
         NonFiniteError: when an input holds a NaN or an infinity; names the layer.
         CalibrationError: when there are no calls, or a layer was never reached.
     """
-    calls, wanted = list(calls), set(hessians)
+    calls, wanted, training = list(calls), set(hessians), [module for module in model.modules() if module.training]
     if not calls:
         raise CalibrationError("no calls to calibrate on; give at least one input of the model")
     found = {name: InputStatistics() for name in names}
@@ -229,6 +241,7 @@ def collect(
     with contextlib.suppress(CalibrationError):  # a model without a timestep: all inputs fall under one key
         handles.append(state.attach(model))
     try:
+        model.eval()
         with torch.inference_mode():
             for done, call in enumerate(calls, 1):
                 model(*to_device(call.args, device), **to_device(call.kwargs, device))
@@ -237,7 +250,12 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
+        for module in training:
+            module.training = True
     unseen = [name for name, statistics in found.items() if not statistics.count]
     if unseen:
-        raise CalibrationError(f"{len(unseen)} layers were never reached by the calibration inputs, {unseen[0]!r} among them")
+        raise CalibrationError(
+            f"{len(unseen)} layers were never reached by the calibration inputs, {unseen[0]!r} among them; give inputs that reach "
+            "them, or name them in the recipe's keep"
+        )
     return found

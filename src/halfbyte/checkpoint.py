@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -43,7 +44,7 @@ def write_folder(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
         CheckpointError: when writing fails (a full disk, no permission); the temporary folder is removed, also on Ctrl-C.
     """
     final = Path(path)
-    if final.exists():
+    if os.path.lexists(final):
         raise OutputExistsError(f"{final} exists already; choose another output folder or remove it first")
     partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
@@ -67,13 +68,16 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> Path:
         CheckpointError: when it cannot be written; nothing is left behind then.
     """
     final = Path(path)
+    if os.path.isdir(final):
+        raise CheckpointError(f"{final} is a folder; give the name of a file in it")
     partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         partial.replace(final)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         if isinstance(error, OSError):
             raise CheckpointError(_disk_sentence(final, error)) from error
         raise
@@ -145,7 +149,7 @@ def read_json(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{file} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise CorruptError(f"{file} holds a {type(data).__name__}, not a JSON object")
@@ -169,7 +173,7 @@ LAYOUT_KEYS = {"quant_method", "format_version", "recipe", "specs", "layers", "s
 
 
 def parse_layout(entry: Mapping[str, Any], where: str) -> tuple[Recipe, dict[str, LayerSpec], list[str]]:
-    """The inverse of `layout`.
+    """The inverse of `layout`; the digests of the shards, under `files`, are checked in form only.
 
     Raises:
         VersionError: when a newer halfbyte wrote it. CorruptError: when an entry is missing, unknown or makes no sense.
@@ -187,7 +191,12 @@ def parse_layout(entry: Mapping[str, Any], where: str) -> tuple[Recipe, dict[str
     try:
         specs = [LayerSpec.from_dict(spec) for spec in entry["specs"]]
         layers = {str(name): specs[_index(number, len(specs))] for name, number in entry["layers"].items()}
-        return Recipe.from_dict(entry["recipe"]), layers, [str(name) for name in entry.get("smoothed", [])]
+        smoothed, files = entry.get("smoothed", []), entry.get("files", {})
+        if not isinstance(smoothed, list) or not all(name in layers for name in smoothed):
+            raise TypeError(f"smoothed must be a list of names of its layers, got {smoothed!r}")
+        if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+            raise TypeError(f"files must be a mapping of names to digests, got {files!r}")
+        return Recipe.from_dict(entry["recipe"]), layers, smoothed
     except RecipeError as error:
         raise CorruptError(f"{where}: {error}") from error
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -209,16 +218,27 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
     tensors = {key: tensor for key, tensor in tensors.items() if first[same_storage(tensor)] == key}
     split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=WEIGHTS, max_shard_size=max_shard)
     for name, keys in split.filename_to_tensors.items():
-        save_file({key: tensors[key].contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+        save_file(_apart({key: tensors[key] for key in keys}), folder / name, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (folder / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
 
 
-def same_storage(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: contiguous, and none a view of another's memory."""
+    found: dict[str, Tensor] = {}
+    taken = set()
+    for key, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[key] = tensor.clone(memory_format=torch.contiguous_format) if memory in taken else tensor.contiguous()
+        taken.add(memory)
+    return found
+
+
+def same_storage(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for two names of one tensor (empty tensors, which have no memory, all count as one of their shape)."""
-    return tensor.data_ptr(), tuple(tensor.shape)
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def with_aliases(tensors: Mapping[str, Tensor], model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -38,10 +38,10 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-@app.command(epilog="Example:  halfbyte demo --images 256 -o my-demo")
+@app.command(epilog="Example:  halfbyte demo --images 512 -o my-demo")
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the page and its figures.")] = Path("halfbyte-demo"),
-    images: Annotated[int, typer.Option(min=2, help="Images sampled by each recipe.")] = 256,
+    images: Annotated[int, typer.Option(min=2, help="Images sampled by each recipe.")] = 128,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampler steps.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     recipe: Annotated[list[str] | None, typer.Option(help="Recipes to run; may be repeated.")] = None,

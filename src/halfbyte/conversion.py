@@ -79,7 +79,7 @@ def decide_by(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], De
     target, source = edges_of(model)
     keep = [re.compile(pattern) for pattern in recipe.keep]
 
-    def decide(name: str, _: nn.Module) -> Decision:
+    def choose(name: str) -> Decision:
         matched = next((pattern.pattern for pattern in keep if pattern.search(name)), None)
         if matched is not None:
             return None, f"the recipe keeps {matched!r}"
@@ -91,7 +91,21 @@ def decide_by(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], De
             return recipe.inner.replace(activation=recipe.after_silu), "its input is a SiLU or GELU output"
         return recipe.inner, "recipe"
 
+    def decide(name: str, layer: nn.Module) -> Decision:
+        spec, reason = choose(name)
+        if spec is None or spec.weight.rounding != "gptq" or not isinstance(layer, TRANSPOSED):
+            return spec, reason
+        nearest = spec.replace(weight=spec.weight.replace(rounding="nearest"))
+        return nearest, f"{reason}; rounded to nearest, as GPTQ has no Hessian of a transposed convolution"
+
     return decide
+
+
+def specs_of(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
+    """The layers of a float model that a recipe quantizes, and how; layers it keeps in float are left out."""
+    decide = decide_by(model, recipe)
+    chosen = {name: decide(name, layer)[0] for name, layer in quantizable_layers(model).items()}
+    return {name: spec for name, spec in chosen.items() if spec is not None}
 
 
 def simulate(
@@ -108,14 +122,14 @@ def simulate(
         statistics: of the inputs of the layers; needed by recipes with smoothing or GPTQ.
     Raises:
         NonFiniteError: when a weight holds a NaN or an infinity; names it.
-        CalibrationError: when the recipe needs statistics and none are given.
+        CalibrationError: when the recipe needs statistics of a layer and they are not given.
         ModelError: when the model holds no layer to quantize, or is quantized already.
     """
     if any(isinstance(module, (Packed, FakeQuant)) for module in model.modules()):
         raise ModelError(f"this {type(model).__name__} is quantized already; start from the float model")
-    if recipe.needs_calibration and not statistics:
-        raise CalibrationError(f"recipe {recipe.name!r} uses smoothing or GPTQ and needs calibration; pass calibration=")
     layers = quantizable_layers(model)
+    known = statistics or {}
+    _check_statistics(specs_of(model, recipe), recipe, known)
     for name, layer in layers.items():
         check_finite(f"{name}.weight", layer.weight)
         if layer.bias is not None:
@@ -123,9 +137,8 @@ def simulate(
     quality: dict[str, float] = {}
 
     def convert(name: str, layer: Any, spec: LayerSpec) -> nn.Module:
-        made = make_fake_quant(name, layer, spec, recipe.smooth, (statistics or {}).get(name))
-        matrix = weight_to_matrix(made, made.weight.detach().float())
-        quality[name] = sqnr(matrix, made.quantized_weight().dequantize())
+        made = make_fake_quant(name, layer, spec, recipe.smooth, known.get(name))
+        quality[name] = sqnr(weight_to_matrix(layer, layer.weight.detach().float()), made.quantized_weight().dequantize())
         if progress:
             progress(len(quality), len(layers))
         return made  # type: ignore[no-any-return]
@@ -133,15 +146,30 @@ def simulate(
     reports = swap(model, decide_by(model, recipe), convert)
     for report in reports:
         report.weight_sqnr = quality.get(report.name)
-    return Result(model, recipe, reports, statistics or {})
+    return Result(model, recipe, reports, known)
+
+
+def _check_statistics(specs: Mapping[str, LayerSpec], recipe: Recipe, statistics: Mapping[str, InputStatistics]) -> None:
+    for name, spec in specs.items():
+        found, compensate = statistics.get(name), spec.weight.rounding == "gptq"
+        if (recipe.smooth is not None or compensate) and (found is None or found.channel_absmax is None):
+            raise CalibrationError(
+                f"recipe {recipe.name!r} smooths or compensates {name!r} and needs statistics; pass calibration="
+            )
+        if compensate and found is not None and found.hessian is None:
+            raise CalibrationError(f"recipe {recipe.name!r} compensates {name!r}, whose statistics hold no Hessian; collect it too")
 
 
 @torch.no_grad()
 def make_fake_quant(name: str, layer: Any, spec: LayerSpec, smooth: float | None, statistics: InputStatistics | None) -> Any:
-    """The trainable twin of one float layer: smoothed and compensated where asked, with the scales of its spec."""
+    """The trainable twin of one float layer: smoothed and compensated where asked, with the scales of its spec.
+
+    Smoothing is folded into the weight of `layer`, on a copy of its own: another layer or an embedding may share the weight.
+    """
     input_scale = hessian = None
     if smooth is not None and statistics is not None and statistics.channel_absmax is not None:
         factors = smooth_factors(statistics.channel_absmax, weight_absmax([layer]), smooth)
+        layer.weight = nn.Parameter(layer.weight.clone(), layer.weight.requires_grad)
         input_scale = scale_inputs(layer, factors)
     if spec.weight.rounding == "gptq" and statistics is not None and statistics.hessian is not None:
         hessian = statistics.hessian.double()
@@ -163,13 +191,8 @@ def _compensated(kind: type[FakeQuant], layer: Any, spec: LayerSpec, hessian: Te
     groups = zip(matrix.chunk(len(hessian)), hessian, scale.chunk(len(hessian)), strict=True)
     parts = [gptq(part, own, spec.weight, scaling, order="activation", name=name) for part, own, scaling in groups]
     made = kind.from_float(layer, spec, scale)
-    made.weight.copy_(matrix_to_weight(layer, torch.cat(parts)))
+    made.weight = nn.Parameter(matrix_to_weight(layer, torch.cat(parts)).to(layer.weight.dtype), layer.weight.requires_grad)
     return made
-
-
-def wants_hessian(layer: Any, recipe: Recipe) -> bool:
-    """Whether the recipe compensates this layer's rounding (transposed convolutions are rounded to nearest)."""
-    return recipe.inner.weight.rounding == "gptq" and not isinstance(layer, TRANSPOSED)
 
 
 def pack(model: nn.Module) -> nn.Module:

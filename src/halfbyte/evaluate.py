@@ -1,5 +1,6 @@
 """Float against quantized: the same noise through both, and what came out different."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from halfbyte.calibration import Call, find_denoiser, record_calls, sampler_arguments, to_device
 from halfbyte.conversion import packed_layers
+from halfbyte.metrics import SignalToNoise
+from halfbyte.timestep import TimestepState
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -74,8 +77,15 @@ def float_states(pipe: Any, trajectories: int, steps: int, seed: int, keep: int 
     denoiser = find_denoiser(pipe)
     pipe.set_progress_bar_config(disable=True)
     calls = record_calls(pipe, trajectories, steps, seed, batch=trajectories, keep=keep, prompts=prompts)
-    outputs = [predict(denoiser, call) for call in calls]
-    return States(calls, outputs, [_timestep(call) for call in calls])
+    state, states = TimestepState(), States(calls, [], [])
+    handle = state.attach(denoiser)
+    try:
+        for call in calls:
+            states.outputs.append(predict(denoiser, call))
+            states.timesteps.append(math.nan if state.value is None else state.value)
+    finally:
+        handle.remove()
+    return states
 
 
 def predict(denoiser: nn.Module, call: Call) -> Tensor:
@@ -84,32 +94,6 @@ def predict(denoiser: nn.Module, call: Call) -> Tensor:
     output = denoiser(*to_device(call.args, device), **to_device(call.kwargs, device))
     found = output[0] if isinstance(output, (tuple, list)) else getattr(output, "sample", output)
     return found.float().cpu()  # type: ignore[no-any-return]
-
-
-def _timestep(call: Call) -> float:
-    value = call.kwargs.get("timestep", call.args[1] if len(call.args) > 1 else float("nan"))
-    return float(value.max()) if isinstance(value, Tensor) else float(value)
-
-
-@dataclass
-class SignalToNoise:
-    """Energies of a reference and of the difference to it, summed over as many tensors as were added."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-
-    def add(self, reference: Tensor, other: Tensor) -> None:
-        self.signal += float(reference.double().square().sum())
-        self.noise += float((reference.double() - other.double()).square().sum())
-
-    @property
-    def decibel(self) -> float:
-        """10 log10 of signal over noise; infinite for equal tensors, -infinite when the other is not finite."""
-        if self.noise != self.noise or self.noise == float("inf"):
-            return float("-inf")
-        if self.noise == 0:
-            return float("inf")
-        return 10 * float(np.log10(max(self.signal, 1e-300) / self.noise))
 
 
 @torch.inference_mode()

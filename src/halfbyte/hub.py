@@ -38,11 +38,12 @@ class LayoutConfig:
 
     def __init__(self, recipe: Any = "quartz-w4a4", **stored: Any) -> None:
         self.quant_method = Method.HALFBYTE
-        self.files: dict[str, str] = dict(stored.get("files") or {})
+        self.files: dict[str, str] = {}
         self.layers: dict[str, LayerSpec] = {}
         self.smoothed: list[str] = []
         if "layers" in stored or "format_version" in stored:
             self.recipe, self.layers, self.smoothed = parse_layout({"recipe": recipe, **stored}, "config.json")
+            self.files = dict(stored.get("files", {}))
             return
         unknown = set(stored) - {"quant_method"}
         if unknown:
@@ -75,7 +76,7 @@ def before_loading(model: nn.Module, config: LayoutConfig, files: Sequence[str |
         files: the shards about to be loaded, as far as the library tells.
         keep_in_float32: the library's list of names it must not cast; ours are appended.
     Raises:
-        CorruptError: when shards were altered, or a packed layer's tensor is missing or has the wrong shape or dtype.
+        CorruptError: when shards were altered, or a packed layer's tensor is missing, unknown or of the wrong shape or dtype.
     """
     paths = [Path(file) for file in files]
     if config.files and paths:
@@ -86,9 +87,13 @@ def before_loading(model: nn.Module, config: LayoutConfig, files: Sequence[str |
         keep_in_float32.extend(FLOAT32_BUFFERS)
     if not paths or any(path.suffix != ".safetensors" for path in paths):
         return
-    header = read_header(paths)
-    for name, layer in packed_layers(model).items():
-        for key, (shape, dtype) in packed_shapes(layer, layer.spec, name in config.smoothed).items():  # type: ignore[arg-type]
+    header, layers = read_header(paths), packed_layers(model)
+    shapes = {name: packed_shapes(layer, layer.spec, name in config.smoothed) for name, layer in layers.items()}  # type: ignore[arg-type]
+    for name, _, key in (full.rpartition(".") for full in header):
+        if name in shapes and key not in (*shapes[name], "bias"):
+            raise CorruptError(f"{paths[0].parent}: the shards hold {name}.{key}; the config asks for no such tensor")
+    for name in layers:
+        for key, (shape, dtype) in shapes[name].items():
             expected, found = (shape, SAFETENSORS_DTYPES[dtype]), header.get(f"{name}.{key}")
             if found != expected:
                 came = f"is {found[1]} of shape {found[0]}" if found else "is missing"

@@ -27,6 +27,13 @@ Quantizable: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 FLOAT32_BUFFERS = ("weight_scale", "input_scale")
+FORWARD_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 DIRECT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # take their layers' weights and never call them
 
 
@@ -87,11 +94,13 @@ def apply_layer(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 
 def adopt(cls: type[nn.Module], layer: nn.Module) -> Any:
-    """An instance of `cls` with the plain attributes of `layer` (sizes, strides, training flag) and none of its tensors."""
+    """An instance of `cls` with the attributes of `layer` (sizes, strides, forward hooks) and none of its tensors."""
     made = cls.__new__(cls)
     nn.Module.__init__(made)
     ours = set(vars(made)) - {"training"}
     vars(made).update({key: value for key, value in vars(layer).items() if key not in ours})
+    for hooks in FORWARD_HOOKS:
+        getattr(made, hooks).update(getattr(layer, hooks))
     return made
 
 
@@ -242,30 +251,31 @@ def swap(
         decide: (name, layer) -> the spec to quantize it with, or None to keep it, and the reason in words.
         convert: (name, layer, spec) -> the layer that takes its place. A layer used in two places is converted once.
     Returns:
-        A row for every Linear, Conv and ConvTranspose met, in the order the model defines them.
+        A row for every Linear, Conv and ConvTranspose met, in the order of definition; the places of a shared layer together.
     Raises:
         ModelError: when the model is itself one layer, or holds none.
     """
     if module_kind(model) is not None:
         raise ModelError(f"the model is a bare {type(model).__name__}; put it into an nn.Sequential so that it can be replaced")
-    reports: list[LayerReport] = []
-    converted: dict[int, nn.Module] = {}
-    for name, layer in [(n, m) for n, m in model.named_modules(remove_duplicate=False) if module_kind(m) is not None]:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        kind = module_kind(layer).__name__  # type: ignore[union-attr]
-        hindrance = unsupported(layer, parent)
-        spec, reason = (None, hindrance) if hindrance else decide(name, layer)
-        if spec is not None:
-            if id(layer) in converted:
-                reason = f"{reason}; shared with another place"
-            else:
-                converted[id(layer)] = convert(name, layer, spec)
-            setattr(parent, child, converted[id(layer)])
-        reports.append(LayerReport(name, kind, tuple(layer.weight.shape), spec, str(reason)))
-    if not reports:
+    places: dict[nn.Module, list[str]] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if module_kind(layer) is not None:
+            places.setdefault(layer, []).append(name)
+    if not places:
         raise ModelError(f"{type(model).__name__} holds no Linear or convolution layer; there is nothing to quantize")
-    return reports
+    rows: dict[str, LayerReport] = {}
+    for layer, names in places.items():
+        parents = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+        hindrance = next((why for why in (unsupported(layer, parent) for parent in parents) if why), None)
+        spec, reason = (None, hindrance) if hindrance else decide(names[0], layer)
+        kind, shape = module_kind(layer).__name__, tuple(layer.weight.shape)  # type: ignore[union-attr, arg-type]
+        made = None if spec is None else convert(names[0], layer, spec)
+        for name, parent in zip(names, parents, strict=True):
+            if made is not None:
+                setattr(parent, name.rpartition(".")[2], made)
+            shared = "" if name == names[0] else f"; the same layer as {names[0]}"
+            rows[name] = LayerReport(name, kind, shape, spec, f"{reason}{shared}")
+    return list(rows.values())
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -49,16 +49,32 @@ def sqnr(reference: Tensor, other: Tensor) -> float:
     Raises:
         HalfbyteError: when the shapes differ.
     """
-    _check_shapes(reference, other)
-    signal, noise = 0.0, 0.0
-    for left, right in zip(reference.detach().flatten().split(2**20), other.detach().flatten().split(2**20), strict=True):
-        left, right = left.cpu().double(), right.cpu().double()
-        signal += left.square().sum().item()
-        noise += (left - right).square().sum().item()
-    if noise == 0:
-        return math.inf
-    ratio = signal / noise
-    return -math.inf if ratio == 0 else 10 * math.log10(ratio)
+    ratio = SignalToNoise()
+    ratio.add(reference, other)
+    return ratio.decibel
+
+
+@dataclass
+class SignalToNoise:
+    """`sqnr` over as many pairs of tensors as are added."""
+
+    signal: float = 0.0  # energy of the references
+    noise: float = 0.0  # energy of the differences to them
+
+    def add(self, reference: Tensor, other: Tensor) -> None:
+        """Raises HalfbyteError when the shapes differ."""
+        _check_shapes(reference, other)
+        for left, right in zip(reference.detach().flatten().split(2**20), other.detach().flatten().split(2**20), strict=True):
+            left, right = left.cpu().double(), right.cpu().double()
+            self.signal += left.square().sum().item()
+            self.noise += (left - right).square().sum().item()
+
+    @property
+    def decibel(self) -> float:
+        if self.noise == 0:
+            return math.inf
+        ratio = self.signal / self.noise
+        return -math.inf if ratio == 0 else 10 * math.log10(ratio)
 
 
 def psnr(reference: Tensor, other: Tensor, data_range: float = 1.0) -> Tensor:

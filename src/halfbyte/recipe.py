@@ -221,13 +221,19 @@ class Recipe(_Fields):
         for pattern in self.keep:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise RecipeError(f"Recipe: keep has {pattern!r}, which is no regular expression: {error}") from error
 
     @property
     def needs_calibration(self) -> bool:
         edge_gptq = self.edge is not None and self.edge.weight.rounding == "gptq"
         return self.smooth is not None or self.inner.weight.rounding == "gptq" or edge_gptq
+
+    def simulated_only(self) -> str | None:
+        """Why some layer of this recipe cannot run in exact integers (None: all can)."""
+        after_silu = self.inner.replace(activation=self.after_silu)
+        hindrances = (spec.simulated_only() for spec in (self.inner, self.edge, after_silu) if spec is not None)
+        return next((hindrance for hindrance in hindrances if hindrance), None)
 
     def compensated(self) -> "Recipe":
         """This recipe with GPTQ error compensation of the inner weights; needs calibration."""

@@ -26,8 +26,8 @@ def _matches(patterns: tuple[str, ...], name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-_RESNET = (r"resnets\.\d+\.(conv1|conv2|time_emb_proj)$", r"time_embedding\.linear_2$", r"^conv_out$")
-_EMBEDDERS = (r"(timestep|text)_embedder\.linear_2$",)
+_RESNET = (r"resnets\.\d+\.(conv1|conv2|time_emb_proj)$", r"(time|add)_embedding\.linear_2$", r"^conv_out$")
+_EMBEDDERS = (r"(timestep|text|guidance)_embedder\.linear_2$",)
 _GELU_FEED_FORWARD = (r"\.ff(_context)?\.net\.2$",)
 
 UNET = Target(edges=(r"^conv_in$", r"^conv_out$"), after_silu=_RESNET)

@@ -94,6 +94,21 @@ def test_a_packed_layer_is_its_trainable_twin(name, spec):
 
 
 @every_layer
+def test_an_input_scale_is_packed_with_its_layer(name):
+    layer, inputs = make(name)
+    fake, plain = twins(layer)
+    channels = inputs[0].shape[-1] if isinstance(layer, nn.Linear) else layer.in_channels
+    fake.input_scale = torch.linspace(0.5, 2, channels)
+    packed = pack_layer(fake)
+    stored = {key: (tuple(value.shape), value.dtype) for key, value in packed.named_buffers()}
+    assert stored == packed_shapes(layer, SPEC, smoothed=True)
+    for x in inputs:
+        if x.numel():
+            assert agree(packed(x), fake(x))
+            assert channels == 1 or not torch.equal(packed(x), plain(x))
+
+
+@every_layer
 def test_half_precision_inputs_are_rounded_once_at_the_end(name):
     layer, inputs = make(name)
     for spec in (SPEC, INT8):

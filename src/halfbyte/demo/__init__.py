@@ -35,7 +35,7 @@ STRIP = 16  # images of each run in the one picture that shows all runs below ea
 class Settings:
     """Size of a demo run."""
 
-    images: int = 256
+    images: int = 128
     steps: int = 10
     seed: int = 0
     recipes: tuple[str, ...] = RECIPES
