@@ -24,8 +24,8 @@ from halfbyte.runtime.backends import backend
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
 RECIPES = ("int8-w8a8", "int4-w4a4", "quartz-w4a4", "quartz-w4a8")
-STATE_TRAJECTORIES = 32  # images whose denoiser calls the noise predictions are compared on
-LAYER_CALLS = 3  # of those calls, how many the per-layer figures use
+STATE_TRAJECTORIES = 16  # images whose denoiser calls the noise predictions are compared on
+LAYER_CALLS = 2  # of those calls, how many the per-layer figures use
 Report = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
 PICTURED = 64  # images in each grid of the report
 STRIP = 16  # images of each run in the one picture that shows all runs below each other
