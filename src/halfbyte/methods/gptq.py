@@ -174,8 +174,6 @@ def _sweep(columns: Tensor, factor: Tensor, scales: Tensor, spec: WeightSpec, ro
         The errors e (k, O), for the blocks to come.
     """
     grid = get_grid(spec.grid)
-    # The code for -8 has no place among shifted values: -8 << s would be read as -4 << s+1 and cost its neighbours their low bit.
-    bottom = -grid.top if spec.max_shift else grid.bottom
     errors = torch.empty_like(columns)
     steps = scales
     for j, column in enumerate(columns):
@@ -184,7 +182,7 @@ def _sweep(columns: Tensor, factor: Tensor, scales: Tensor, spec: WeightSpec, ro
             units = (columns[ahead] / scales[ahead]).T.float().contiguous()
             shift = round_with_shifts(units, grid, spec.max_shift, spec.subgroup)[1].T
             steps = scales * torch.exp2(shift.float())
-        levels = round_to_grid((column / steps[j]).float(), grid).clamp_(min=bottom)
+        levels = round_to_grid((column / steps[j]).float(), grid)
         torch.mul(levels, steps[j], out=rounded[j])
         errors[j] = (column - rounded[j]) / factor[j, j]
         columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
