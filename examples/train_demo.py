@@ -109,6 +109,8 @@ class Trainer:
         channels = self.images.shape[1]
         self.flip = channels == 3
         net = build_unet(channels, options.width or (32 if channels == 1 else 128))
+        if options.init:
+            net.load_state_dict(UNet2DModel.from_pretrained(str(options.init / "unet")).state_dict())
         net = net.to(self.accelerator.device, memory_format=torch.channels_last)
         self.ema = EMAModel(net.parameters(), decay=options.ema, use_ema_warmup=True, power=0.75, foreach=True)
         self.ema.to(self.accelerator.device)
@@ -247,6 +249,7 @@ def main() -> None:
     parser.add_argument("--min-snr", type=float, default=math.inf, help="gamma of min-SNR weights, such as 5 (default: none)")
     parser.add_argument("--ema", type=float, default=0.9995, help="longest memory of the averaged weights (default 0.9995)")
     parser.add_argument("--width", type=int, help="channels of the first level (default 32 grey, 128 colour)")
+    parser.add_argument("--init", type=Path, help="folder of a pipeline of the same shape whose weights to start from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=float, default=5, help="minutes between checkpoints (default 5)")
     parser.add_argument("--no-compile", action="store_true", help="do not compile the model (no C++ compiler at hand)")

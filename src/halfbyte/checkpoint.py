@@ -100,9 +100,14 @@ def _disk_sentence(path: Path, error: OSError) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Have the operating system put every file on the disk before the rename makes them visible."""
+    """Have the operating system put every file on the disk before the rename makes them visible.
+
+    Shards get the permissions the process gives other files; safetensors writes them readable by their owner alone.
+    """
+    mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         if file.is_file():
+            file.chmod(mode)
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
 

@@ -168,7 +168,7 @@ def info(model: Annotated[Path | None, typer.Argument(help="Folder of a quantize
 
 
 def main() -> None:
-    """Entry point: intended errors end in one sentence, never in a traceback."""
+    """Entry point: intended errors and wrong usage end in a sentence, never in a traceback."""
     from halfbyte.errors import HalfbyteError
 
     try:
@@ -176,12 +176,14 @@ def main() -> None:
     except HalfbyteError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
-    except typer.Abort:
-        typer.secho("stopped", fg="red", err=True)
-        sys.exit(130)
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         typer.secho("stopped; nothing was written", fg="red", err=True)
         sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "exit_code") or not hasattr(error, "show"):  # typer's own usage errors have both, and no public class
+            raise
+        error.show()
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
