@@ -12,6 +12,8 @@ import typer
 if TYPE_CHECKING:
     pass
 
+INTERRUPTED = 130  # typer's exit code after Ctrl-C
+
 app = typer.Typer(
     name="halfbyte",
     help="Diffusion models in 4 bits: quantize, sample, compare.",
@@ -172,18 +174,14 @@ def main() -> None:
     from halfbyte.errors import HalfbyteError
 
     try:
-        app(standalone_mode=False)
+        app()
     except HalfbyteError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
-    except (typer.Abort, KeyboardInterrupt):
-        typer.secho("stopped; nothing was written", fg="red", err=True)
-        sys.exit(130)
-    except Exception as error:
-        if not hasattr(error, "exit_code") or not hasattr(error, "show"):  # typer's own usage errors have both, and no public class
-            raise
-        error.show()
-        sys.exit(error.exit_code)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            typer.secho("stopped; nothing was written", fg="red", err=True)
+        raise
 
 
 if __name__ == "__main__":

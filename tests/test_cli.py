@@ -1,0 +1,152 @@
+"""The command line: round trips, and one sentence for every mistake."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import halfbyte as hb
+from halfbyte import cli
+
+
+def run(monkeypatch, capsys, *arguments):
+    """(exit code, stdout, stderr) of the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["halfbyte", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def model(pipe, tmp_path):
+    """A float pipeline on disk."""
+    pipe.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def left_behind(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name not in ("model", "recipe.yaml"))
+
+
+def test_every_command_helps_with_an_example(monkeypatch, capsys):
+    for command in ("demo", "quantize", "sample", "info"):
+        code, out, _ = run(monkeypatch, capsys, command, "--help")
+        assert code in (0, None)
+        assert f"halfbyte {command}" in out
+        assert "Example" in out
+
+
+def test_quantize_info_sample_and_a_new_process_agree(monkeypatch, capsys, pipe, model, tmp_path):
+    code, out, err = run(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "out", "--layers")
+    assert code == 0, err
+    assert "0 kept in float" in out
+    assert "time_embedding.linear_1" in out
+    code, out, _ = run(monkeypatch, capsys, "info", tmp_path / "out")
+    assert "recipe quartz-w4a4: 51 packed layers" in out
+    code, out, _ = run(monkeypatch, capsys, "sample", tmp_path / "out", "-n", 4, "--steps", 2, "-o", tmp_path / "grid.png")
+    assert code == 0
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert min(picture.size) > 16
+    hb.quantize(pipe, "quartz-w4a4")
+    options = "generator=torch.Generator().manual_seed(3), batch_size=2, num_inference_steps=2, output_type='np'"
+    here = pipe(generator=torch.Generator().manual_seed(3), batch_size=2, num_inference_steps=2, output_type="np").images
+    script = (
+        "import sys, numpy, torch, halfbyte; from diffusers import DiffusionPipeline; torch.set_num_threads(1);"
+        f"numpy.save(sys.argv[2], DiffusionPipeline.from_pretrained(sys.argv[1])({options}).images)"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "out", tmp_path / "there.npy"], check=True, capture_output=True)
+    assert (np.load(tmp_path / "there.npy") == here).all()
+
+
+def test_calibrated_recipes_from_the_command_line(monkeypatch, capsys, model, tmp_path):
+    options = ("--gptq", "--smooth", 0.5, "--calibrate", 2, "--steps", 2)
+    code, _, err = run(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "out", *options)
+    assert code == 0, err
+    assert "quartz-w4a4+gptq+smooth0.5" in run(monkeypatch, capsys, "info", tmp_path / "out")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "quartz"], "unknown recipe 'quartz'; the presets are 'int4-w4a4'"),
+        (["--recipe", "recipe.yaml"], "no key 'bits'; its keys are"),
+        (["--recipe", "missing.yaml"], "cannot be read"),
+        (["--recipe", "quartz-authors-w4a4"], "cannot be packed"),
+    ],
+)
+def test_bad_recipes(monkeypatch, capsys, model, tmp_path, arguments, words):
+    (tmp_path / "recipe.yaml").write_text("name: mine\nbits: 4\ninner: {}\n")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "out", *arguments)
+    assert code == 1
+    assert words in err
+    assert err.splitlines()[-1].startswith("error: ")  # diffusers' loading bars may stand before it
+    assert "Traceback" not in err
+    assert left_behind(tmp_path) == []
+
+
+def test_bad_models_and_outputs(monkeypatch, capsys, pipe, model, tmp_path):
+    (tmp_path / "taken").mkdir()
+    code, _, err = run(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "taken")
+    assert (code, "exists already" in err) == (1, True)
+    code, _, err = run(monkeypatch, capsys, "quantize", tmp_path / "taken", "-o", tmp_path / "out")
+    assert (code, "no model_index.json" in err) == (1, True)
+    with torch.no_grad():
+        pipe.unet.conv_out.weight[0, 0, 0, 0] = float("nan")
+    pipe.save_pretrained(tmp_path / "taken" / "nan")
+    code, _, err = run(monkeypatch, capsys, "quantize", tmp_path / "taken" / "nan", "-o", tmp_path / "out")
+    assert (code, "conv_out.weight holds 1 NaN" in err) == (1, True)
+    assert left_behind(tmp_path) == ["taken"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["demo", "--bad"], ["quantize"], ["nonsense"], ["quantize", "x", "-o", "y", "--smooth", "2"]]
+)
+def test_wrong_usage_is_explained(monkeypatch, capsys, arguments):
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "Error" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_during_quantize_leaves_nothing(model, tmp_path):
+    slow = (
+        "import time, torch; from halfbyte import cli, conversion; made = conversion.make_fake_quant\n"
+        "def wait(*a):\n    print('quantizing', flush=True); time.sleep(30); return made(*a)\n"
+        "conversion.make_fake_quant = wait; cli.main()"
+    )
+    command = [sys.executable, "-u", "-c", slow, "quantize", str(model), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while "quantizing" not in process.stdout.readline():
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped; nothing was written" in err
+    assert "Traceback" not in err
+    assert left_behind(tmp_path) == []
+
+
+def test_info_tells_the_backend_and_why(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "info")
+    assert code == 0
+    assert "reference (plain torch" in out
+
+
+def test_the_module_runs_as_a_script():
+    source = Path(cli.__file__)
+    done = subprocess.run([sys.executable, source, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
