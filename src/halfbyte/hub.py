@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from halfbyte.checkpoint import LAYOUT_KEYS, METHOD, layout, parse_layout, read_header, verify_hashes
-from halfbyte.conversion import packed_layers
+from halfbyte.conversion import pack, packed_layers, simulate
 from halfbyte.errors import CorruptError, ModelError, RecipeError, listed
 from halfbyte.layers import FLOAT32_BUFFERS
 from halfbyte.recipe import LayerSpec, Recipe, get_recipe
@@ -106,6 +106,12 @@ def after_loading(model: nn.Module) -> None:
         hollow = [key for key, tensor in layer.state_dict().items() if tensor.device.type == "meta"]  # type: ignore[attr-defined]
         if hollow:
             raise CorruptError(f"the checkpoint has no values for {name}.{hollow[0]}")
+
+
+def quantize_loaded(model: nn.Module, recipe: Recipe) -> None:
+    """Pack the layers of a float model that has just been loaded."""
+    simulate(model, recipe)
+    pack(model)
 
 
 def refuse_calibration(recipe: Recipe) -> None:

@@ -12,8 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfbyte.checkpoint import METHOD
-from halfbyte.conversion import pack, simulate
-from halfbyte.hub import LayoutConfig, after_loading, before_loading, refuse_calibration
+from halfbyte.hub import LayoutConfig, after_loading, before_loading, quantize_loaded, refuse_calibration
 from halfbyte.recipe import Recipe
 
 
@@ -43,10 +42,8 @@ class HalfbyteHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             after_loading(model)
         else:
-            recipe = self.quantization_config.recipe
-            simulate(model, recipe)
-            pack(model)
-            attach(model, recipe)
+            quantize_loaded(model, self.quantization_config.recipe)
+            attach(model, self.quantization_config.recipe)
         return model
 
 
