@@ -100,7 +100,7 @@ def test_statistics_without_a_hessian_are_refused_before_anything_changes():
 @pytest.mark.parametrize("changes", [{"inner": AUTHORS}, {"edge": AUTHORS}, {"after_silu": AUTHORS.activation}])
 def test_recipes_with_a_part_that_cannot_be_packed_change_nothing(changes):
     model = Chain("first", "inner", "last")
-    with pytest.raises(ModelError, match="cannot be packed: .* change along K; pass simulate=True"):
+    with pytest.raises(ModelError, match=r"cannot be packed: .* change along K; pass simulate=True"):
         hb.quantize(model, INT4.replace(**changes))
     assert type(model.first) is nn.Linear
     hb.quantize(model, INT4.replace(**changes), simulate=True)
