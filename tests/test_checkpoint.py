@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import json
 import stat
 
@@ -11,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte import checkpoint
-from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, OutputExistsError
-from halfbyte.recipe import PRESETS
+from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, OutputExistsError, RecipeError, VersionError
+from halfbyte.recipe import PRESETS, Recipe
 
 RECIPE = PRESETS["quartz-w4a4"]
 ENTRY = checkpoint.layout(RECIPE, {"a": RECIPE.inner, "b": RECIPE.edge, "c": RECIPE.inner}, ["a"])
@@ -48,9 +49,9 @@ def test_any_altered_entry_is_read_or_refused_in_a_sentence(path, scrap):
     target[path[-1]] = scrap
     with contextlib.suppress(HalfbyteError):  # anything else is a bug
         recipe, layers, smoothed = checkpoint.parse_layout(entry, "here")
-        assert isinstance(recipe.name, str)
-        assert isinstance(layers, dict)
-        assert isinstance(smoothed, list)
+        assert set(smoothed) <= set(layers)
+        again = json.loads(json.dumps(checkpoint.layout(recipe, layers, smoothed)))
+        assert repr(checkpoint.parse_layout(again, "here")) == repr((recipe, layers, smoothed))  # nothing half understood
 
 
 def test_a_folder_appears_whole_with_ordinary_permissions(tmp_path):
@@ -118,3 +119,100 @@ def test_files_that_are_no_shards_are_named(tmp_path):
     for read in (checkpoint.read_tensors, lambda folder: checkpoint.read_header(folder.glob("*"))):
         with pytest.raises(CorruptError, match=r"x\.safetensors is truncated or not a safetensors file"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"format_version": 2}, VersionError, "reads up to 1"),
+        ({"format_version": True}, CorruptError, "positive integer, got True"),
+        ({"smoothed": "abc"}, CorruptError, "smoothed must be a list of names"),
+        ({"smoothed": ["nowhere"]}, CorruptError, "smoothed must be a list of names"),
+        ({"files": {"x": 1}}, CorruptError, "files must be a mapping"),
+        ({"layers": {"a": True}}, CorruptError, "spec number True"),
+        ({"layers": {"a": -1}}, CorruptError, "spec number -1"),
+    ],
+)
+def test_entries_that_would_be_misread_are_refused(change, error, words):
+    with pytest.raises(error, match=words):
+        checkpoint.parse_layout({**ENTRY, **change}, "here")
+
+
+@pytest.mark.parametrize("pattern", ["(", "a{99999999999999999999}", "(" * 9999 + ")" * 9999])
+def test_patterns_that_python_cannot_compile_are_a_recipes_error(pattern):
+    with pytest.raises(RecipeError, match="no regular expression"):
+        Recipe.from_dict({**RECIPE.to_dict(), "keep": [pattern]})
+
+
+PLACES = {  # paths where nothing can be written, below a folder that holds the file "file" and the dangling link "link"
+    "a file as parent": "file/out",
+    "too long a name": "a" * 300,
+    "a name whose temporary twin is too long": "a" * 250,
+}
+
+
+@pytest.mark.parametrize("place", [*PLACES.values(), "link", "."], ids=[*PLACES, "a dangling link", "the folder itself"])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_paths_where_nothing_can_be_written_are_explained(tmp_path, monkeypatch, kind, place):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    if (kind, place) == ("file", "link"):
+        pytest.skip("a file may replace a link")
+    with pytest.raises(CheckpointError, match=r"was not written|exists already|is a folder") as caught:
+        checkpoint.write_folder(place, lambda folder: None) if kind == "folder" else checkpoint.write_file(place, b"")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3", "[" * 200_000, "\x00"])
+def test_files_that_are_no_json_objects_are_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CorruptError, match=r"config\.json (is not JSON|holds a)"):
+        checkpoint.read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(CorruptError, match="is not JSON"):
+        checkpoint.read_json(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        checkpoint.read_json(tmp_path / "nowhere.json")
+
+
+def test_views_transposes_and_empty_tensors_keep_their_values(tmp_path):
+    square, whole = torch.arange(16.0).view(4, 4), torch.arange(12.0)
+    state = {
+        "square": square,
+        "turned": square.T,  # one memory, one shape, other values
+        "part": whole[2:5],
+        "whole": whole,
+        "reshaped": whole.view(3, 4),
+        "bits": whole.view(torch.int32),
+        "empty": torch.empty(0),
+        "codes": torch.empty(0, dtype=torch.uint8),
+    }
+    expected = {key: tensor.clone() for key, tensor in state.items()}
+    checkpoint.write_tensors(tmp_path, state, {"_class_name": "X"})
+    found = checkpoint.with_aliases(checkpoint.read_tensors(tmp_path), state)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype
+        assert torch.equal(found[key], tensor), key
+
+
+def test_digests_are_recorded_and_verified(tmp_path):
+    tensors = {"a": torch.zeros(300), "b": torch.ones(300)}
+    checkpoint.write_tensors(tmp_path, tensors, {"quantization_config": {}}, max_shard="1KB")
+    checkpoint.record_hashes(tmp_path)
+    files = checkpoint.read_json(tmp_path / "config.json")["quantization_config"]["files"]
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert files == {shard.name: hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards}
+    checkpoint.verify_hashes(tmp_path, files)
+    shards[0].write_bytes(shards[0].read_bytes() + b"\x00")
+    with pytest.raises(CorruptError, match=f"{shards[0].name} was truncated or altered"):
+        checkpoint.verify_hashes(tmp_path, files)
+    shards[0].unlink()
+    with pytest.raises(CorruptError, match=f"lacks its shard {shards[0].name}"):
+        checkpoint.verify_hashes(tmp_path, files)
+    for name in ("..", ".", "", "a\0b"):
+        with pytest.raises(CorruptError, match=r"lacks its shard|outside its own folder"):
+            checkpoint.verify_hashes(tmp_path, {name: "00"})

@@ -150,3 +150,57 @@ def test_the_module_runs_as_a_script():
     source = Path(cli.__file__)
     done = subprocess.run([sys.executable, source, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
+
+
+MISTAKES = {  # arguments, in a folder with model (float), packed, "file" and an empty folder -> words of the error
+    "quantize model -o file/out": "file/out was not written: Not a directory",
+    "quantize model/unet -o out": "model/unet is not a diffusers pipeline: it has no model_index.json",
+    "quantize packed -o out": "packed is quantized already; start from the float model",
+    "quantize file -o out": "file is not a diffusers pipeline",
+    "quantize strange -o out": "strange is neither the folder of a diffusers pipeline nor one on the Hub",
+    "quantize broken -o out": "broken is neither the folder of a diffusers pipeline nor one on the Hub",
+    "sample nowhere": "nowhere is not a folder; give the folder that",
+    "sample empty": "empty is not a model: it has neither model_index.json nor config.json",
+    "sample broken": "model_index.json is not JSON",
+    "sample packed/unet": "UNet2DModel has neither a 'unet' nor a 'transformer'",
+    "sample packed -n 1 --steps 1 -o .": ". is a folder; give the name of a file in it",
+    "sample packed -n 1 --steps 1 -o file/x.png": "file/x.png was not written",
+    "info nowhere": "nowhere is not a folder",
+    "info model": "model holds no halfbyte checkpoint",
+    f"info {'a' * 300}": "is not a folder",
+    "demo --images 2 --recipe nothing": "unknown recipe 'nothing'",
+}
+
+
+def test_every_mistake_ends_in_one_sentence_and_leaves_nothing(monkeypatch, capsys, pipe, model, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    hb.save(hb.quantize(pipe, "int4-w4a4") and pipe, "packed")
+    Path("file").touch()
+    for name, index in (("empty", None), ("broken", "{"), ("strange", '{"_class_name": "Nothing"}')):
+        Path(name).mkdir()
+        if index:
+            Path(name, "model_index.json").write_text(index)
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, words in MISTAKES.items():
+        code, _, err = run(monkeypatch, capsys, *arguments.split())
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert (code, len(errors)) == (1, 1), (arguments, err)
+        assert words in errors[0], arguments
+        assert err.splitlines()[-1] == errors[0], arguments
+        assert "Traceback" not in err
+        assert sorted(tmp_path.rglob("*")) == before, arguments
+
+
+def test_the_command_needs_no_open_stdin():
+    command = ["sh", "-c", f"exec {sys.executable} {cli.__file__} info <&-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "backend" in done.stdout
+
+
+@pytest.mark.parametrize("seed", [-5, 99999999999999999999])
+def test_any_integer_is_a_seed(monkeypatch, capsys, model, tmp_path, seed):
+    for name in ("one.png", "two.png"):
+        code, _, err = run(monkeypatch, capsys, "sample", model, "-n", 1, "--steps", 1, "--seed", seed, "-o", tmp_path / name)
+        assert code == 0, err
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()

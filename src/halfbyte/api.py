@@ -19,7 +19,8 @@ from halfbyte.hub import LayoutConfig, after_loading, before_loading, is_packed
 from halfbyte.layers import FakeQuant
 from halfbyte.recipe import Recipe, get_recipe
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, checkpoint.ShardError)  # what bad folders raise
+# what bad folders raise
+LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError, checkpoint.ShardError)
 RECIPE_ATTRIBUTE = "_halfbyte_recipe"  # remembered on quantized modules, so that packing and saving them can tell
 
 
@@ -200,7 +201,7 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None, **options:
         CheckpointError and its kinds: when the folder is missing, incomplete, altered or from a newer version.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path's own raises where a parent may not be searched
         raise CheckpointError(f"{folder} is not a folder; give the folder that halfbyte.save or 'halfbyte quantize -o' wrote")
     if into is not None:
         return _load_into(folder, into)
@@ -269,6 +270,8 @@ def describe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, Any]]:
     denoiser's.
     """
     folder, found = Path(path), {}
+    if not os.path.isdir(folder):
+        raise ModelError(f"{folder} is not a folder; give one that halfbyte.save or 'halfbyte quantize -o' wrote")
     for config in (folder / checkpoint.CONFIG, *sorted(folder.glob(f"*/{checkpoint.CONFIG}"))):
         entry = checkpoint.read_json(config).get("quantization_config") if config.is_file() else None
         if isinstance(entry, dict) and entry.get("quant_method") == checkpoint.METHOD:

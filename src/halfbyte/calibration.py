@@ -109,7 +109,7 @@ def sampler_arguments(pipe: Any, indices: range, total: int, steps: int, seed: i
     Every image has a generator of its own, seeded by (seed, index): an image does not depend on the batch it is sampled in.
     """
     accepted = inspect.signature(pipe.__call__).parameters
-    generators = [torch.Generator("cpu").manual_seed(seed * 1_000_003 + index) for index in indices]
+    generators = [torch.Generator("cpu").manual_seed((seed * 1_000_003 + index) % 2**63) for index in indices]
     arguments: dict[str, Any] = {"num_inference_steps": steps, "generator": generators}
     if "prompt" in accepted:
         if not prompts:
@@ -224,7 +224,7 @@ def collect(
     if not calls:
         raise CalibrationError("no calls to calibrate on; give at least one input of the model")
     found = {name: InputStatistics() for name in names}
-    generator, state, limit = torch.Generator().manual_seed(seed), TimestepState(), max(1, HESSIAN_ROWS // len(calls))
+    generator, state, limit = torch.Generator().manual_seed(seed % 2**63), TimestepState(), max(1, HESSIAN_ROWS // len(calls))
     device = next(model.parameters()).device
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

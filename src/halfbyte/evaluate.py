@@ -34,8 +34,8 @@ def sample_images(
     Returns:
         float32 (count, C, H, W) in [0, 1].
     """
-    pipe.set_progress_bar_config(disable=True)
     denoiser, made, done, share = find_denoiser(pipe), [], 0, 0
+    pipe.set_progress_bar_config(disable=True)
 
     def served(*_: Any) -> None:
         nonlocal done
