@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from halfbyte.errors import CalibrationError
 from halfbyte.layers import TRANSPOSED, Quantizable, check_finite, input_to_rows
 from halfbyte.timestep import TimestepState
+from halfbyte.tracing import ActivationTrace
 
 DENOISERS = ("unet", "transformer")  # what pipelines call the network that predicts noise
 RESERVOIR = 4096  # values of the input kept per layer
+SAMPLED_ROWS = 512  # input rows (tokens or pixels) kept per layer where they are asked for
 HESSIAN_ROWS = 8192  # input rows (tokens or pixels) that enter a layer's Hessian, over all calls
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -137,6 +139,8 @@ class InputStatistics:
     reservoir: Tensor = field(default_factory=lambda: torch.empty(0))  # float32, RESERVOIR values, uniform over all seen, or all
     hessian: Tensor | None = None  # float32 (groups, K, K): sum of x x^T over `hessian_rows` rows
     hessian_rows: int = 0
+    rows: Tensor | None = None  # float32 (groups, n, K): a sample of the vectors the weights are multiplied with
+    source: str | None = None  # the one-sided function whose output this is, such as "SiLU"
 
     @property
     def range(self) -> tuple[float, float]:
@@ -168,6 +172,12 @@ class InputStatistics:
         fresh = values[torch.randint(len(values), (RESERVOIR,), generator=generator)]
         from_new = torch.rand(RESERVOIR, generator=generator) < len(values) / total
         self.reservoir = torch.where(from_new, fresh, known) if self.count else fresh
+
+    def add_rows(self, layer: Quantizable, x: Tensor, limit: int, generator: torch.Generator) -> None:
+        """Keep at most `limit` random contraction rows of an input."""
+        rows = contraction_rows(layer, x.float())
+        rows = rows[:, torch.randperm(rows.shape[1], generator=generator)[:limit]]
+        self.rows = rows if self.rows is None else torch.cat([self.rows, rows], 1)
 
     def add_hessian(self, layer: Quantizable, x: Tensor, limit: int, generator: torch.Generator) -> None:
         """Add x x^T of at most `limit` random rows (tokens, or output positions of a convolution)."""
@@ -206,6 +216,7 @@ def collect(
     calls: Iterable[Call],
     names: Iterable[str],
     hessians: Iterable[str] = (),
+    rows: Iterable[str] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, InputStatistics]:
@@ -215,12 +226,13 @@ def collect(
 
     Args:
         names: dotted names of Linear and convolution layers.
-        hessians: those of them whose Hessian is wanted.
+        hessians, rows: those of them whose Hessian, or whose sample of contraction rows, is wanted.
     Raises:
         NonFiniteError: when an input holds a NaN or an infinity; names the layer.
         CalibrationError: when there are no calls, or a layer was never reached.
     """
-    calls, wanted, training = list(calls), set(hessians), [module for module in model.modules() if module.training]
+    calls, training = list(calls), [module for module in model.modules() if module.training]
+    hessians, rows, trace = set(hessians), set(rows), ActivationTrace()
     if not calls:
         raise CalibrationError("no calls to calibrate on; give at least one input of the model")
     found = {name: InputStatistics() for name in names}
@@ -231,9 +243,14 @@ def collect(
         def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach().cpu()
             check_finite(f"the input of layer {name!r} during calibration", x)
+            first = not found[name].count
             found[name].update(input_to_rows(layer, x.float()), state.value, generator)  # type: ignore[arg-type]
-            if name in wanted:
+            source = trace.source(args[0])
+            found[name].source = source if first or found[name].source == source else None
+            if name in hessians:
                 found[name].add_hessian(layer, x, limit, generator)  # type: ignore[arg-type]
+            if name in rows:
+                found[name].add_rows(layer, x, -(-SAMPLED_ROWS // len(calls)), generator)  # type: ignore[arg-type]
 
         return look
 
@@ -242,7 +259,7 @@ def collect(
         handles.append(state.attach(model))
     try:
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), trace:
             for done, call in enumerate(calls, 1):
                 model(*to_device(call.args, device), **to_device(call.kwargs, device))
                 if progress:
