@@ -2,7 +2,7 @@
 
 Two steps. `record_calls` runs a diffusers pipeline and keeps some of its denoiser calls, spread evenly over trajectory and batch.
 `collect` runs the denoiser on recorded calls and gathers, per layer, bounded statistics of the input: ranges per timestep, moments,
-a reservoir sample, largest magnitudes per channel, and the Hessian sum of x x^T where GPTQ asks for one.
+reservoir samples, largest magnitudes per channel, and the Hessian sum of x x^T where GPTQ asks for one.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from halfbyte.timestep import TimestepState
 from halfbyte.tracing import ActivationTrace
 
 DENOISERS = ("unet", "transformer")  # what pipelines call the network that predicts noise
-RESERVOIR = 4096  # values of the input kept per layer
+RESERVOIR = 2048  # values of the input kept per layer and timestep
 SAMPLED_ROWS = 512  # input rows (tokens or pixels) kept per layer where they are asked for
 HESSIAN_ROWS = 8192  # input rows (tokens or pixels) that enter a layer's Hessian, over all calls
 
@@ -136,7 +136,8 @@ class InputStatistics:
     total_square: float = 0.0
     ranges: dict[float | None, tuple[float, float]] = field(default_factory=dict)  # by timestep; None: the model has none
     channel_absmax: Tensor | None = None  # float32 (C,)
-    reservoir: Tensor = field(default_factory=lambda: torch.empty(0))  # float32, RESERVOIR values, uniform over all seen, or all
+    counts: dict[float | None, int] = field(default_factory=dict)  # values seen, by timestep
+    reservoirs: dict[float | None, Tensor] = field(default_factory=dict)  # float32 by timestep: RESERVOIR of its values, or all
     hessian: Tensor | None = None  # float32 (groups, K, K): sum of x x^T over `hessian_rows` rows
     hessian_rows: int = 0
     rows: Tensor | None = None  # float32 (groups, n, K): a sample of the vectors the weights are multiplied with
@@ -158,20 +159,15 @@ class InputStatistics:
         self.total_square += float(rows.double().square().sum())
         absmax = rows.abs().amax((0, 1))
         self.channel_absmax = absmax if self.channel_absmax is None else torch.maximum(self.channel_absmax, absmax)
-        self._sample(rows.flatten(), generator)
+        seen, sample = self.counts.get(timestep, 0), self.reservoirs.get(timestep, rows.new_empty(0))
+        self.reservoirs[timestep] = _sampled(sample, seen, rows.flatten(), generator)
+        self.counts[timestep] = seen + rows.numel()
         self.count += rows.numel()
 
-    def _sample(self, values: Tensor, generator: torch.Generator) -> None:
-        """Keep everything while there is room, then a uniform sample: old and new values survive in proportion to their numbers."""
-        known, total = self.reservoir, self.count + values.numel()
-        if total <= RESERVOIR:
-            self.reservoir = torch.cat([known, values])
-            return
-        if 0 < len(known) < RESERVOIR:
-            known = known[torch.randint(len(known), (RESERVOIR,), generator=generator)]
-        fresh = values[torch.randint(len(values), (RESERVOIR,), generator=generator)]
-        from_new = torch.rand(RESERVOIR, generator=generator) < len(values) / total
-        self.reservoir = torch.where(from_new, fresh, known) if self.count else fresh
+    @property
+    def reservoir(self) -> Tensor:
+        """A sample of the input, float32 (n,): every timestep has the same part in it."""
+        return torch.cat(list(self.reservoirs.values())) if self.reservoirs else torch.empty(0)
 
     def add_rows(self, layer: Quantizable, x: Tensor, limit: int, generator: torch.Generator) -> None:
         """Keep at most `limit` random contraction rows of an input."""
@@ -187,6 +183,18 @@ class InputStatistics:
         product = rows.transpose(1, 2) @ rows
         self.hessian = product if self.hessian is None else self.hessian + product
         self.hessian_rows += rows.shape[1]
+
+
+def _sampled(known: Tensor, seen: int, values: Tensor, generator: torch.Generator) -> Tensor:
+    """Everything while there is room, then a uniform sample: old and new values survive in proportion to their numbers."""
+    total = seen + values.numel()
+    if total <= RESERVOIR:
+        return torch.cat([known, values])
+    if 0 < len(known) < RESERVOIR:
+        known = known[torch.randint(len(known), (RESERVOIR,), generator=generator)]
+    fresh = values[torch.randint(len(values), (RESERVOIR,), generator=generator)]
+    from_new = torch.rand(RESERVOIR, generator=generator) < len(values) / total
+    return torch.where(from_new, fresh, known) if seen else fresh
 
 
 def contraction_rows(layer: Quantizable, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import halfbyte as hb
 from halfbyte.calibration import Call
 from halfbyte.conversion import packed_layers
 from halfbyte.errors import CalibrationError, CorruptError
+from halfbyte.formats import get_grid, round_to_grid
 from halfbyte.layers import FakeQuant, follow_timesteps
 from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec
 
@@ -46,18 +47,19 @@ def made(activation, simulated=False):
 
 @pytest.mark.parametrize("activation", GRIDS, ids=lambda spec: spec.grid)
 @torch.no_grad()
-def test_every_timestep_has_the_range_it_was_calibrated_with(activation):
+def test_every_timestep_has_the_scale_of_least_error(activation):
     model, plain = made(activation), Denoiser()
     layer = model.inner
     assert layer.activation_scale.shape == (3,)
     for row, step in enumerate(STEPS):
         seen = plain.first(X) * step
-        if activation.zero_point:
-            expected = (seen.max().clamp(min=0) - seen.min().clamp(max=0)) / 15
-            assert layer.activation_zero[row] == (-seen.min() / expected).round()
-        else:
-            expected = seen.abs().max() / 7
-        assert layer.activation_scale[row] == pytest.approx(expected.item())
+        grid, zero = get_grid(activation.grid), 0 if layer.activation_zero is None else int(layer.activation_zero[row])
+        scales = seen.abs().max() * torch.linspace(0.02, 0.4, 300)[:, None, None]
+        errors = ((round_to_grid(seen / scales + zero, grid) - zero) * scales - seen).square().mean((1, 2))
+        found = layer.activation_scale[row]
+        error = ((round_to_grid(seen / found + zero, grid) - zero) * found - seen).square().mean()
+        assert error <= errors.min() * 1.02
+        assert found == pytest.approx(layer.activation_scale[0].item() * step / STEPS[0], rel=1e-4)
     for step, row in ((1.0, 0), (10.0, 0), (10.5, 1), (20.0, 1), (21.0, 2), (40.0, 2), (999.0, 2)):
         model(X, step)
         assert layer.fixed_scale().scale == layer.activation_scale[row], step

@@ -14,12 +14,13 @@ from torch import Tensor
 from halfbyte.calibration import InputStatistics
 from halfbyte.formats import Grid, get_grid, round_to_grid
 from halfbyte.layers import GridChoice
-from halfbyte.quantizers import CACHED_VALUES, FixedScale, absmax_scale, minmax_scale, quantize_weight, weight_scale
+from halfbyte.quantizers import CACHED_VALUES, FixedScale, absmax_scale, quantize_weight, weight_scale
 from halfbyte.recipe import ActivationSpec, GridSearch, LayerSpec, WeightSpec
 
 LEAST, MOST = 0.1, 1.2  # of the range of the data: where maxval is searched (Kuzmin et al. 2022)
 POINTS = 111  # scales tried where no search says how many
 ZEROS = 8  # offsets tried for every scale, from the least value to 0
+SAMPLE = 4096  # values of an input that the search looks at
 FINALISTS = 8  # scales and zero points of every grid that are compared by the error of the layer's output
 
 
@@ -99,7 +100,9 @@ def search_input(statistics: InputStatistics, names: Sequence[str], points: int,
         names: of the grids.
         matrix: weights float32 (O, K), to rank the finalists by the error of the layer's output; None: by that of the input.
     """
-    (low, high), values = statistics.range, statistics.reservoir
+    low, high = statistics.range
+    values = statistics.reservoir
+    values = values[:: -(-len(values) // SAMPLE)]
     found = [input_candidates(values, get_grid(name), low, high, points).best(FINALISTS) for name in names]
     if matrix is None or statistics.rows is None:
         return found
@@ -149,18 +152,16 @@ def search_layer(spec: LayerSpec, matrix: Tensor, statistics: InputStatistics, s
 
 
 def fixed_scale(spec: ActivationSpec, statistics: InputStatistics) -> FixedScale:
-    """Calibrated scales of an input whose grid is given: of least error over all timesteps, or the range of each timestep.
+    """Calibrated scales of an input whose grid is given, of least error over all timesteps or for each.
 
     Returns:
         float32 (T,) and int64 (T,), in ascending order of the calibrated timesteps; T = 1 for static scales.
     """
-    grid = get_grid(spec.grid)
     if spec.scale == "static":
         best = search_input(statistics, [spec.grid], POINTS)[0]
         return FixedScale(best.scale[:1], best.zero[:1].long())
     timesteps = sorted(timestep for timestep in statistics.ranges if timestep is not None)
-    ranges = torch.tensor([statistics.ranges[timestep] for timestep in timesteps])  # (T, 2)
-    if grid.signed:
-        return FixedScale(absmax_scale(ranges, spec.top), torch.zeros(len(ranges), dtype=torch.long))
-    scale, zero = minmax_scale(ranges, spec.top)
-    return FixedScale(scale, zero.long())
+    found = [
+        input_candidates(statistics.reservoirs[t], get_grid(spec.grid), *statistics.ranges[t], POINTS).best(1) for t in timesteps
+    ]
+    return FixedScale(torch.cat([one.scale for one in found]), torch.cat([one.zero for one in found]).long())
