@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "halfbyte"
 ROOMS = (
     "errors", "formats", "packing", "recipe", "targets", "quantizers", "timestep", "layers", "metrics", "tracing", "calibration",
     "methods", "heal", "checkpoint", "streaming", "runtime", "conversion", "hub", "diffusers_plugin", "transformers_plugin", "api",
-    "evaluate", "report", "demo", "cli",
+    "evaluate", "sensitivity", "report", "demo", "cli",
 )
 # fmt: on
 

@@ -86,6 +86,9 @@ def decide_by(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], De
         matched = next((pattern.pattern for pattern in keep if pattern.search(name)), None)
         if matched is not None:
             return None, f"the recipe keeps {matched!r}"
+        own = next((one for one in recipe.overrides if re.search(one.pattern, name)), None)
+        if own is not None:
+            return own.spec, f"the recipe has a spec for {own.pattern!r}"
         if target.is_edge(name):
             if recipe.edge is None:
                 return None, f"edge layer, kept by the recipe; known from {source}"
@@ -145,7 +148,8 @@ def simulate(
 
     def decide(name: str, layer: nn.Module) -> Decision:
         spec, reason = choose(name, layer)
-        if spec is None or recipe.search is None or target.is_edge(name):
+        own = any(re.search(one.pattern, name) for one in recipe.overrides)
+        if spec is None or recipe.search is None or own or target.is_edge(name):
             return spec, reason
         spec, searched[name] = search_layer(spec, float_matrix(layer), known[name], recipe.search)
         return spec, f"{reason}; {searched[name].one_sided}" if searched[name].one_sided else reason

@@ -57,7 +57,7 @@ class _Fields:
             nested = next((t for t in (hints[key], *typing.get_args(hints[key])) if _is_spec(t)), None)
             if nested is not None and isinstance(value, dict):
                 value = nested.from_dict(value)
-            values[key] = tuple(value) if isinstance(value, list) else value
+            values[key] = _entries(value, hints[key]) if isinstance(value, list) else value
         return cls(**values)
 
     def replace(self: Spec, **changes: Any) -> Spec:
@@ -69,10 +69,16 @@ def _is_spec(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, _Fields)
 
 
+def _entries(values: list[Any], hint: Any) -> tuple[Any, ...]:
+    """A list of a file as the tuple it stands for, its mappings as the specs that the annotation asks for."""
+    spec = next((part for part in typing.get_args(hint) if _is_spec(part)), None)
+    return tuple(spec.from_dict(value) if spec is not None and isinstance(value, dict) else value for value in values)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, _Fields):
         return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}  # type: ignore[arg-type]
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -84,7 +90,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             if any(value == allowed and type(value) is type(allowed) for allowed in typing.get_args(option)):
                 return
         elif origin is tuple:
-            if isinstance(value, tuple) and all(isinstance(entry, str) for entry in value):
+            if isinstance(value, tuple) and all(isinstance(entry, typing.get_args(option)[0]) for entry in value):
                 return
         elif (option is float and isinstance(value, int) and not isinstance(value, bool)) or (
             isinstance(value, option) and not (option is int and isinstance(value, bool))
@@ -98,7 +104,8 @@ def _type_words(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(repr(allowed) for allowed in typing.get_args(hint))}"
     if typing.get_origin(hint) is tuple:
-        return "a tuple of strings (in a file: a list)"
+        kind = typing.get_args(hint)[0]
+        return "a tuple of " + ("strings" if kind is str else kind.__name__) + " (in a file: a list)"
     return {type(None): "null", int: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(
         hint, f"a mapping of {getattr(hint, '__name__', hint)} fields"
     )
@@ -248,6 +255,24 @@ class GridSearch(_Fields):
 INT8 = LayerSpec(WeightSpec("int8", scale="absmax"), ActivationSpec("int8"))
 
 
+def _check_pattern(owner: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise RecipeError(f"{owner} has {pattern!r}, which is no regular expression: {error}") from error
+
+
+@dataclass(frozen=True)
+class LayerOverride(_Fields):
+    """Layers that get a spec of their own, edges included."""
+
+    pattern: str  # regular expression, searched in the layer name
+    spec: LayerSpec
+
+    def _check(self) -> None:
+        _check_pattern("LayerOverride: pattern", self.pattern)
+
+
 @dataclass(frozen=True)
 class Recipe(_Fields):
     """What happens to every layer of a model."""
@@ -258,6 +283,7 @@ class Recipe(_Fields):
     after_silu: ActivationSpec | None = None  # replaces the activation where the input is a SiLU or GELU output
     smooth: float | None = None  # strength of SmoothQuant scaling, 0 to 1; needs calibration
     search: GridSearch | None = None  # choose the grids of every inner layer; needs calibration
+    overrides: tuple[LayerOverride, ...] = ()  # layers with a spec of their own; the first that matches counts
     keep: tuple[str, ...] = ()  # regular expressions of layer names to keep in float
 
     def _check(self) -> None:
@@ -269,10 +295,7 @@ class Recipe(_Fields):
         if self.smooth is not None and any(s.activation and s.activation.scale != "dynamic" for s in self._layer_specs()):
             raise RecipeError("Recipe: smoothing changes inputs whose static or timestep scales are calibrated; set smooth to null")
         for pattern in self.keep:
-            try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise RecipeError(f"Recipe: keep has {pattern!r}, which is no regular expression: {error}") from error
+            _check_pattern("Recipe: keep", pattern)
 
     @property
     def needs_calibration(self) -> bool:
@@ -280,7 +303,7 @@ class Recipe(_Fields):
 
     def _layer_specs(self) -> list[LayerSpec]:
         """Every layer spec that the recipe may give to a layer; the searched ones by their grids."""
-        specs = [self.inner, *([] if self.edge is None else [self.edge])]
+        specs = [self.inner, *([] if self.edge is None else [self.edge]), *(one.spec for one in self.overrides)]
         if self.after_silu is not None:
             specs.append(self.inner.replace(activation=self.after_silu))
         if self.search is not None and self.inner.activation is not None:
@@ -305,6 +328,12 @@ class Recipe(_Fields):
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
+
+    def to_yaml(self) -> str:
+        """For people to read and edit; `get_recipe` takes the file back."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
 LZS_WEIGHT = WeightSpec("lzs4", max_shift=4)

@@ -1,6 +1,7 @@
 """The page itself: what it says about the results, and how it comes to disk."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,28 +43,38 @@ def write_report(results: Any, path: str | Path) -> None:
     write_file(path, render(check_results(results)).encode("utf-8"))
 
 
-def render(results: Results) -> str:
-    """The page as text."""
+def environment(filters: Mapping[str, Callable[..., Any]]) -> Any:
+    """The templates, ready to render.
+
+    Raises:
+        MissingExtraError: without jinja2.
+    """
     try:
         import jinja2
     except ImportError as error:
         raise MissingExtraError("the report needs jinja2: pip install 'halfbyte[report]'") from error
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"fixed": fixed, "spread": spread, "significant": significant, "ratio": ratio, "errors": errors}
-    environment.globals |= {
+    made.filters |= {"fixed": fixed, **filters}
+    return made
+
+
+def render(results: Results) -> str:
+    """The page as text."""
+    templates = environment({"spread": spread, "significant": significant, "ratio": ratio, "errors": errors})
+    templates.globals |= {
         "marker_points": marker_points,
         "colours": COLOURS,
         "picture_size": picture_size,
         "pixels_below": PIXELS_BELOW,
     }
     runs = results["runs"]
-    return environment.get_template("report.html.j2").render(
+    page: str = templates.get_template("report.html.j2").render(
         results=results,
         settings=results["settings"],
         runs=runs,
@@ -72,6 +83,7 @@ def render(results: Results) -> str:
         measured=[key for key in ("psnr", "ssim", "frechet", "images") if any(dict(run)[key] is not None for run in runs)],
         charts=[drawn(plot) for plot in (layer_plot(runs[1:]), timestep_plot(runs[1:])) if plot is not None],
     )
+    return page
 
 
 def drawn(plot: Plot) -> dict[str, Any]:
