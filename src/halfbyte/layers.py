@@ -171,6 +171,7 @@ class FakeQuant(QuantizedLayer):
     weight: Any  # nn.Parameter; with a leading axis (sets,) where there are several
     bias: Any  # nn.Parameter or None
     weight_scale: Tensor  # float32 (O, 1 or groups)
+    low_rank: Tensor | None  # float (O, K): the 16-bit branch, multiplied out; the weight is what it leaves
 
     @classmethod
     def from_float(cls, layer: Quantizable, spec: LayerSpec, scale: Tensor | None = None) -> Any:
@@ -184,7 +185,7 @@ class FakeQuant(QuantizedLayer):
         if scale is None:
             scale = weight_scale(weight_to_matrix(layer, layer.weight.detach().float()), spec.weight)
         made.register_buffer("weight_scale", scale)
-        for name in ("input_scale", "activation_scale", "activation_zero", "weight_choice"):
+        for name in ("input_scale", "activation_scale", "activation_zero", "weight_choice", "low_rank"):
             made.register_buffer(name, None)
         return made
 
@@ -218,11 +219,13 @@ class FakeQuant(QuantizedLayer):
         weight = straight_through(self.float_weight(chosen), rounded)
         if self.input_scale is not None:
             x = scale_input(layer, x, self.input_scale)
+        branch = None if self.low_rank is None else apply_layer(layer, x, matrix_to_weight(layer, self.low_rank).to(x.dtype), None)
         if self.spec.activation is not None:
             rows = input_to_rows(layer, x.detach())
             integers, scale = quantize_activation(rows, self.spec.activation, self.fixed_scale())
             x = straight_through(x, rows_to_input(layer, integers * scale, x.shape).to(x.dtype))
-        return apply_layer(layer, x, weight, self.bias)
+        y = apply_layer(layer, x, weight, self.bias)
+        return y if branch is None else y + branch
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}"  # type: ignore[misc]
@@ -283,11 +286,14 @@ class LayerReport:
 
     @property
     def bits(self) -> float:
-        """Stored bits a weight, shifts and all sets included, scales not; 16 where the layer stays in float."""
+        """Stored bits a weight: codes, shifts, all sets, scales of groups, low-rank branch; 16 where the layer stays in float."""
         if self.spec is None:
             return 16.0
-        weight = self.spec.weight
-        return weight.sets * (get_grid(weight.grid).bits + (4 / weight.subgroup if weight.max_shift else 0))
+        weight, rows = self.spec.weight, self.shape[0]
+        count = math.prod(self.shape) // rows
+        scales = {"float32": 16, "e4m3": 8, "e8m0": 8}[weight.group_scale] / weight.group if weight.group else 0
+        branch = 16 * min(self.spec.low_rank, rows, count) * (rows + count) / (rows * count)
+        return branch + scales + weight.sets * (get_grid(weight.grid).bits + (4 / weight.subgroup if weight.max_shift else 0))
 
 
 def module_kind(module: nn.Module) -> type | None:
