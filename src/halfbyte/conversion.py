@@ -238,7 +238,7 @@ def make_fake_quant(
         layer.weight = nn.Parameter(matrix_to_weight(layer, matrix - branch).to(layer.weight.dtype), layer.weight.requires_grad)
     made = kind.from_float(layer, spec) if hessian is None else _compensated(kind, layer, spec, hessian, name)
     made.input_scale, made.low_rank = input_scale, branch
-    if choice is not None:
+    if choice is not None and spec.activation is not None and spec.activation.scale == "static":
         made.fix_scale(FixedScale(torch.tensor([choice.input_scale]), torch.tensor([choice.input_zero])))
     elif spec.activation is not None and spec.activation.scale != "dynamic" and statistics is not None:
         made.fix_scale(fixed_scale(spec.activation, statistics))

@@ -359,6 +359,8 @@ class Recipe(_Fields):
 
 LZS_WEIGHT = WeightSpec("lzs4", max_shift=4)
 LZS_ACTIVATION = ActivationSpec("lzs4", max_shift=4)
+QUEST_WEIGHT = WeightSpec("int4", norm=2.4)
+INTEGERS = GridSearch(("int4",), ("int4",), ("ue1m3",))  # no choice but the sign: symmetric, or unsigned with a zero point
 FP4 = LayerSpec(WeightSpec("e2m1"), ActivationSpec("e2m1", scale="static"))
 FP6 = LayerSpec(WeightSpec("e2m3"), ActivationSpec("e2m3", scale="static"))
 FP6_SIGNED = ("e1m4", "e2m3", "e3m2", "e4m1")
@@ -391,6 +393,10 @@ PRESETS: dict[str, Recipe] = {
         Recipe("msfp-w4a4", FP4, search=GridSearch()),
         Recipe("msfp-signed-w4a4", FP4, search=GridSearch(unsigned_grids=())),  # what MSFP improves on: signed grids everywhere
         Recipe("msfp-w6a6", FP6, search=GridSearch(FP6_SIGNED, FP6_SIGNED, FP6_UNSIGNED)),  # simulated
+        Recipe("quest-w8a8", LayerSpec(WeightSpec("int8", norm=2.4), ActivationSpec("int8", scale="timestep"))),
+        Recipe("quest-w4a8", LayerSpec(QUEST_WEIGHT, ActivationSpec("int8", scale="timestep"))),
+        Recipe("quest-w4a4", LayerSpec(QUEST_WEIGHT, ActivationSpec("int4", scale="timestep")), search=INTEGERS),
+        Recipe("quest-paper-w4a4", LayerSpec(QUEST_WEIGHT, ActivationSpec("int4", scale="static")), search=INTEGERS),
         Recipe("int4-w4a4", LayerSpec(WeightSpec("int4", scale="absmax"), ActivationSpec("int4"))),
         Recipe("int4-g64-w4a4", LayerSpec(WeightSpec("int4", scale="absmax", group=64), ActivationSpec("int4", group=64))),
         Recipe(  # Blackwell's format: blocks of 16 with e4m3 scales
