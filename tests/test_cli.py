@@ -79,7 +79,7 @@ def test_calibrated_recipes_from_the_command_line(monkeypatch, capsys, model, tm
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--recipe", "quartz"], "unknown recipe 'quartz'; the presets are 'int4-w4a4'"),
+        (["--recipe", "quartz"], "unknown recipe 'quartz'; the presets are 'int4-g64-w4a4'"),
         (["--recipe", "recipe.yaml"], "no key 'bits'; its keys are"),
         (["--recipe", "missing.yaml"], "cannot be read"),
         (["--recipe", "quartz-authors-w4a4"], "cannot be packed"),
