@@ -1,0 +1,1 @@
+"""Healing: fine-tunes that win back what rounding to 4 bits cost."""
