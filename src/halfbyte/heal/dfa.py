@@ -3,9 +3,9 @@
 Plain mean squared error treats all timesteps alike; the sampler does not. The weight gamma_t is the coefficient with which the
 predicted quantity enters one sampling step. The paper's own expression is not public; three forms are offered:
 
-    ddpm  (1 - alpha_t) / (sqrt(alpha_t) sqrt(1 - abar_t))                      posterior mean of DDPM (Ho et al. 2020, eq. 11)
-    ddim  sqrt(abar_p (1 - abar_t) / abar_t) - sqrt(1 - abar_p - sigma_t^2)     one DDIM step to timestep p (Song et al. 2021, eq. 12)
-    flow  |sigma_p - sigma_t|                                                   one Euler step of a flow-matching model
+    ddpm  (1 - alpha_t) / (sqrt(alpha_t) sqrt(1 - abar_t))                    posterior mean of DDPM (Ho et al. 2020, eq. 11)
+    ddim  sqrt(abar_p (1 - abar_t) / abar_t) - sqrt(1 - abar_p - sigma_t^2)   one DDIM step to timestep p (Song et al. 2021, eq. 12)
+    flow  |sigma_p - sigma_t|                                                 one Euler step of a flow-matching model
 
 The first two are written for noise prediction. An error dv of a v-prediction is an error sqrt(abar) dv of the noise, an error dx of
 a predicted sample is sqrt(abar / (1 - abar)) dx. Weights are scaled to mean 1 over the timesteps trained on, so that the learning
@@ -52,7 +52,7 @@ def denoising_factors(scheduler: Any, form: Form | None = None, steps: int = 20,
     last = getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0)).double() if form == "ddim" else torch.tensor(1.0).double()
     before = torch.cat([last.expand(min(width, len(remaining))), remaining])[: len(remaining)]
     of_velocity = _ddpm(remaining, before) if form == "ddpm" else _ddim(remaining, before, eta)
-    factors = of_velocity / {"epsilon": remaining.sqrt(), "v_prediction": 1.0, "sample": (1 - remaining).sqrt()}[prediction]
+    factors: Tensor = of_velocity / {"epsilon": remaining.sqrt(), "v_prediction": 1.0, "sample": (1 - remaining).sqrt()}[prediction]
     if not factors.isfinite().all():
         raise HealError(
             f"a {prediction!r} prediction has no finite denoising factor at timestep {int((~factors.isfinite()).nonzero()[0])}, "
