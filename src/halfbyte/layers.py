@@ -142,21 +142,31 @@ class FakeQuant(Float32Scales):
         made.register_buffer("input_scale", None)
         return made
 
+    def quantized(self, weight: Tensor) -> QuantizedWeight:
+        """Levels, shifts and scales of a weight of this layer's shape."""
+        return quantize_weight(weight_to_matrix(self, weight.detach()), self.weight_scale, self.spec.weight)  # type: ignore[arg-type]
+
     def quantized_weight(self) -> QuantizedWeight:
         """Levels, shifts and scales of the weight as it is now."""
-        matrix = weight_to_matrix(self, self.weight.detach())  # type: ignore[arg-type]
-        return quantize_weight(matrix, self.weight_scale, self.spec.weight)
+        return self.quantized(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def rounded_weight(self, weight: Tensor) -> Tensor:
+        """A weight of this layer's shape as the packed layer would hold it; gradients pass straight through."""
         layer: Any = self
-        rounded = matrix_to_weight(layer, self.quantized_weight().dequantize()).to(self.weight.dtype)
-        weight = straight_through(self.weight, rounded)
+        return straight_through(weight, matrix_to_weight(layer, self.quantized(weight).dequantize()).to(weight.dtype))
+
+    def rounded_input(self, x: Tensor) -> Tensor:
+        """An input as the packed layer would see it; gradients pass straight through."""
+        layer: Any = self
         if self.input_scale is not None:
             x = scale_input(layer, x, self.input_scale)
-        if self.spec.activation is not None:
-            integers, scale = quantize_activation(input_to_rows(layer, x.detach()), self.spec.activation)
-            x = straight_through(x, rows_to_input(layer, integers * scale, x.shape).to(x.dtype))
-        return apply_layer(layer, x, weight, self.bias)
+        if self.spec.activation is None:
+            return x
+        integers, scale = quantize_activation(input_to_rows(layer, x.detach()), self.spec.activation)
+        return straight_through(x, rows_to_input(layer, integers * scale, x.shape).to(x.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return apply_layer(self, self.rounded_input(x), self.rounded_weight(self.weight), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}"  # type: ignore[misc]
