@@ -30,7 +30,7 @@ TINY = np.finfo(np.float32).tiny
 
 
 def activation_specs():
-    for name, grid in GRIDS.items():
+    for name, grid in ((name, grid) for name, grid in GRIDS.items() if not grid.simulated_only):
         plain = ActivationSpec(name, zero_point=not grid.signed)
         yield plain
         yield plain.replace(group=8)
@@ -43,7 +43,7 @@ def activation_specs():
 
 
 ACTIVATION_SPECS = [*activation_specs()]
-WEIGHT_SPECS = [WeightSpec(name) for name, grid in GRIDS.items() if grid.signed]
+WEIGHT_SPECS = [WeightSpec(name) for name, grid in GRIDS.items() if grid.signed and not grid.simulated_only]
 WEIGHT_SPECS += [WeightSpec(name, max_shift=shift) for name in SHIFTS if name[0] != "u" for shift in range(1, SHIFTS[name] + 1)]
 WEIGHT_SPECS += [WeightSpec("lzs4", max_shift=4, subgroup=subgroup) for subgroup in (1, 7, 32, 64)]
 WEIGHT_SPECS += [WeightSpec(name, group=group) for name in ("int4", "e2m1") for group in (1, 16, 64)]

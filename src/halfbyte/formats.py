@@ -7,7 +7,9 @@ its largest level stays within 8 bits after the largest shift. Scales and offset
 
 One tie rule serves every grid: a value halfway between two neighbouring levels goes to the one whose magnitude index is even.
 On contiguous integer grids that is IEEE round-half-to-even; on minifloat grids it is round-to-even-mantissa. Zero always encodes to
-code 0: the negative zero of the sign-magnitude grids (code 8) decodes to 0 and is never produced.
+code 0: the negative zero of the sign-magnitude grids (code 8 of 16) decodes to 0 and is never produced.
+
+The floats of 6 and 8 bits exist for comparison: most of their levels are too far apart for 8-bit integers (`simulated_only`).
 """
 
 from collections.abc import Sequence
@@ -65,16 +67,21 @@ class Grid:
     def largest_shift(self) -> int:
         """Largest shift whose top level still fits int8 (signed) or uint8 (unsigned).
 
-        0 for 8-bit grids, and for int4: with shifts its lone -8 makes rounding twice differ from rounding once. lzs4 is int4
+        0 for wider grids, and for int4: with shifts its lone -8 makes rounding twice differ from rounding once. lzs4 is int4
         without the -8, and carries them.
         """
-        if self.bits == 8 or self.coding == "twos-complement":
+        if self.bits != 4 or self.coding == "twos-complement":
             return 0
         return ((127 if self.signed else 255) // self.top).bit_length() - 1
 
     @property
+    def simulated_only(self) -> bool:
+        """Whether there is no packed form: codes that are neither nibbles nor bytes, or levels beyond 8 bits."""
+        return self.bits not in (4, 8) or self.top > (127 if self.signed else 255)
+
+    @property
     def decoded_dtype(self) -> torch.dtype:
-        """int8 or uint8: what a decoded, shifted level fits in."""
+        """int8 or uint8: what a decoded, shifted level fits in, unless the grid is for simulation only."""
         return torch.int8 if self.signed else torch.uint8
 
 
@@ -85,17 +92,20 @@ def minifloat(exponent_bits: int, mantissa_bits: int) -> tuple[int, ...]:
     return (*subnormal, *normal)
 
 
+def _minifloats(bits: int, exponents: Sequence[int]) -> list[Grid]:
+    """The floats of a width, signed and unsigned, by exponent bits: where there is no sign its bit goes to the mantissa."""
+    signed = [Grid(f"e{e}m{bits - 1 - e}", minifloat(e, bits - 1 - e), "sign-magnitude", bits) for e in exponents]
+    return signed + [Grid(f"ue{e}m{bits - e}", minifloat(e, bits - e), "unsigned", bits) for e in exponents]
+
+
 GRIDS: dict[str, Grid] = {
     grid.name: grid
     for grid in (
         Grid("int4", tuple(range(8)), "twos-complement"),
         Grid("lzs4", tuple(range(8)), "sign-magnitude"),
-        Grid("e2m1", minifloat(2, 1), "sign-magnitude"),
-        Grid("e1m2", minifloat(1, 2), "sign-magnitude"),
-        Grid("e3m0", minifloat(3, 0), "sign-magnitude"),
-        Grid("ue2m2", minifloat(2, 2), "unsigned"),
-        Grid("ue1m3", minifloat(1, 3), "unsigned"),
-        Grid("ue3m1", minifloat(3, 1), "unsigned"),
+        *_minifloats(4, (1, 2, 3)),
+        *_minifloats(6, (1, 2, 3, 4)),
+        *_minifloats(8, (2, 3, 4, 5)),
         Grid("int8", tuple(range(128)), "twos-complement", bits=8),
         Grid("uint8", tuple(range(256)), "unsigned", bits=8),
     )
@@ -167,7 +177,7 @@ def levels_to_codes(levels: Tensor, grid: Grid) -> Tensor:
     if not grid.contiguous:
         magnitudes = torch.bucketize(magnitudes, _magnitude_table(grid).to(levels.device))
     codes = magnitudes.to(torch.uint8)
-    return codes | (levels < 0).to(torch.uint8) << 3 if grid.signed else codes
+    return codes | (levels < 0).to(torch.uint8) << (grid.bits - 1) if grid.signed else codes
 
 
 def encode(units: Tensor, grid: Grid) -> Tensor:

@@ -204,24 +204,40 @@ def decode_weight(codes: Tensor, shift: Tensor | None, spec: WeightSpec) -> Tens
     return levels * torch.exp2(spread(shift.float(), levels.shape[-1], spec.subgroup))
 
 
-def quantize_activation(x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
+@dataclass
+class FixedScale:
+    """A calibrated scale and zero point of an input: value = scale * (level - zero).
+
+    scale: float32 (); zero: integers of any dtype (), 0 for signed grids. (T,) in the layers, one entry a calibrated timestep.
+    """
+
+    scale: Tensor
+    zero: Tensor
+
+    def at(self, row: int) -> "FixedScale":
+        """The entry of one timestep; the only one where there is one for all."""
+        return FixedScale(self.scale[row], self.zero[row])
+
+
+def quantize_activation(x: Tensor, spec: ActivationSpec, fixed: FixedScale | None = None) -> tuple[Tensor, Tensor]:
     """Integers and scales of an input.
 
     Args:
         x: any float dtype (r, p, c): r tokens or images with a scale each, p pixels, c channels.
+        fixed: the calibrated scale, where the spec has no dynamic ones.
     Returns:
         float32 integers (r, p, c) with the zero point already taken off, and float32 scales (r, 1, 1), or (r, 1, c) where the spec
-        has channel groups: x is about integers * scale. Rows with a NaN or an infinity have integers 0 and scale NaN.
+        has channel groups: x is about integers * scale. Rows with a NaN or an infinity have scale NaN.
     """
     if x.numel() == 0:
         return x.float(), torch.ones(len(x), 1, 1, device=x.device)
     step = max(1, CACHED_VALUES // x[0].numel())
-    parts = [_quantize_rows(part.float(), spec) for part in x.split(step)]
+    parts = [_quantize_rows(part.float(), spec, fixed) for part in x.split(step)]
     integers, scales = zip(*parts, strict=True)
     return (integers[0], scales[0]) if len(parts) == 1 else (torch.cat(integers), torch.cat(scales))
 
 
-def _quantize_rows(values: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
+def _quantize_rows(values: Tensor, spec: ActivationSpec, fixed: FixedScale | None) -> tuple[Tensor, Tensor]:
     grid, (rows, pixels, channels) = get_grid(spec.grid), values.shape
     if spec.group:
         padded = F.pad(values, (0, -channels % spec.group)).unflatten(-1, (-1, spec.group))
@@ -229,7 +245,10 @@ def _quantize_rows(values: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor
     else:
         flat = values.reshape(rows, -1)
     zero = None
-    if spec.zero_point:
+    if fixed is not None:
+        scale = torch.where(flat.isfinite().all(-1), fixed.scale, torch.nan)
+        zero = fixed.zero.float() if spec.zero_point else None
+    elif spec.zero_point:
         scale, zero = minmax_scale(flat, spec.top)
         zero = spread(zero.view(rows, 1, -1), channels, spec.group)
     else:

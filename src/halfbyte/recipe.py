@@ -122,9 +122,12 @@ class WeightSpec(_Fields):
     norm: float = 2.0  # p of the searched error
     rounding: Literal["nearest", "gptq"] = "nearest"  # gptq: errors are compensated along K; needs calibration
     group: int = 0  # values along K that share a scale; 0: the whole channel. Anything else is simulated only
+    sets: int = 1  # versions of the weights, chosen by timestep (healed by LoRAs that were)
 
     def _check(self) -> None:
         _check_shift("WeightSpec", get_grid(self.grid), self.max_shift, self.subgroup)
+        if not 1 <= self.sets <= 255:
+            raise RecipeError(f"WeightSpec: sets must be 1 to 255, got {self.sets}")
         if not get_grid(self.grid).signed:
             raise RecipeError(f"WeightSpec: weights need a signed grid, got {self.grid!r}")
         if self.group and self.max_shift:
@@ -134,7 +137,7 @@ class WeightSpec(_Fields):
 
     def describe(self) -> str:
         """Such as `lzs4<<4/16`: shifts up to 4 for subgroups of 16; `int4 g64`: scales for groups of 64."""
-        return _describe(self.grid, self.max_shift, self.subgroup, self.group)
+        return _describe(self.grid, self.max_shift, self.subgroup, self.group) + (f" x{self.sets}" if self.sets > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ class ActivationSpec(_Fields):
     """How the input of a layer is quantized while the model runs.
 
     One float32 scale a token (the row of a linear layer) or an image (convolutions, whose K spans neighbouring pixels), taken from
-    the data (`dynamic`). Shifted grids round twice: to 8-bit integers, then each subgroup of channels to the 4-bit table.
+    the data (`dynamic`); or calibrated ones: a single one (`static`), or one for each calibrated timestep (`timestep`).
+    Shifted grids round twice: to 8-bit integers, then each subgroup of channels to the 4-bit table.
     """
 
     grid: str = "int8"
@@ -152,6 +156,7 @@ class ActivationSpec(_Fields):
     rounding: Literal["nearest", "truncate"] = "nearest"  # of the second stage; truncate is the paper's plain right shift
     peak: int = 0  # integer the largest magnitude maps to; 0: the top level after the largest shift
     group: int = 0  # channels that share a scale; 0: the whole token or image. Anything else is simulated only
+    scale: Literal["dynamic", "static", "timestep"] = "dynamic"
 
     def _check(self) -> None:
         grid = get_grid(self.grid)
@@ -163,6 +168,8 @@ class ActivationSpec(_Fields):
             raise RecipeError(
                 "ActivationSpec: truncation is a right shift; it needs max_shift > 0 and an integer grid such as 'lzs4'"
             )
+        if self.scale != "dynamic" and (self.group or self.peak):
+            raise RecipeError(f"ActivationSpec: {self.scale} scales come from calibration; set group and peak to 0")
         limit = 127 if grid.signed else 255
         if not 0 <= self.peak <= limit or self.group < 0:
             raise RecipeError(f"ActivationSpec: peak must be 0 to {limit} and group >= 0, got {self.peak} and {self.group}")
@@ -175,7 +182,8 @@ class ActivationSpec(_Fields):
     def describe(self) -> str:
         zero = " +z" if self.zero_point else ""
         cut = " cut" if self.rounding == "truncate" else ""
-        return _describe(self.grid, self.max_shift, self.subgroup, self.group) + zero + cut
+        fixed = "" if self.scale == "dynamic" else f" {self.scale}"
+        return _describe(self.grid, self.max_shift, self.subgroup, self.group) + zero + cut + fixed
 
 
 def _describe(grid: str, max_shift: int, subgroup: int, group: int) -> str:
@@ -191,14 +199,50 @@ class LayerSpec(_Fields):
 
     def simulated_only(self) -> str | None:
         """Why this layer cannot run in exact integers (None: it can)."""
+        grids = (self.weight.grid, *([] if self.activation is None else [self.activation.grid]))
+        wide = next((name for name in grids if get_grid(name).simulated_only), None)
+        if wide is not None:
+            return f"grid {wide!r} has no packed form"
         if self.weight.group:
             return f"weight scales for groups of {self.weight.group} change along K"
         if self.activation is not None and self.activation.group:
             return f"activation scales for groups of {self.activation.group} channels change along K"
         return None
 
+    @property
+    def over_time(self) -> bool:
+        """Whether the layer has tables with an entry for each calibrated timestep."""
+        return self.weight.sets > 1 or (self.activation is not None and self.activation.scale == "timestep")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.weight.rounding == "gptq" or (self.activation is not None and self.activation.scale != "dynamic")
+
     def describe(self) -> str:
         return f"{self.weight.describe()} x {self.activation.describe() if self.activation else 'float'}"
+
+
+@dataclass(frozen=True)
+class GridSearch(_Fields):
+    """What MSFP searches for every inner layer: its grids, scales and zero points of least mean squared error."""
+
+    weight_grids: tuple[str, ...] = ("e1m2", "e2m1", "e3m0")  # one for the layer, a scale an output channel
+    signed_grids: tuple[str, ...] = ("e1m2", "e2m1", "e3m0")  # of the input
+    unsigned_grids: tuple[str, ...] = ("ue1m3", "ue2m2", "ue3m1")  # of the input, with a zero point, where it may be one-sided
+    points: int = 111  # scales tried for every grid
+    skew: float = 0.5  # an input whose minimum is above -skew * maximum may be one-sided, wherever it comes from
+    objective: Literal["input", "output"] = "input"  # the error that counts: of the rounded tensor, or of the layer's output
+
+    def _check(self) -> None:
+        for name, grids in (("weight_grids", self.weight_grids), ("signed_grids", self.signed_grids)):
+            wrong = [grid for grid in grids if not get_grid(grid).signed]
+            if wrong or not grids:
+                raise RecipeError(f"GridSearch: {name} needs signed grids, at least one, got {listed(wrong) or 'none'}")
+        wrong = [grid for grid in self.unsigned_grids if get_grid(grid).signed]
+        if wrong:
+            raise RecipeError(f"GridSearch: unsigned_grids cannot hold {listed(wrong)}")
+        if self.points < 2 or not 0 <= self.skew <= 1:
+            raise RecipeError(f"GridSearch: points must be at least 2 and skew 0 to 1, got {self.points} and {self.skew}")
 
 
 INT8 = LayerSpec(WeightSpec("int8", scale="absmax"), ActivationSpec("int8"))
@@ -213,11 +257,17 @@ class Recipe(_Fields):
     edge: LayerSpec | None = INT8  # first and last layer; null: kept in float
     after_silu: ActivationSpec | None = None  # replaces the activation where the input is a SiLU or GELU output
     smooth: float | None = None  # strength of SmoothQuant scaling, 0 to 1; needs calibration
+    search: GridSearch | None = None  # choose the grids of every inner layer; needs calibration
     keep: tuple[str, ...] = ()  # regular expressions of layer names to keep in float
 
     def _check(self) -> None:
         if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise RecipeError(f"Recipe: smooth must be 0 to 1 or null, got {self.smooth}")
+        activation = self.inner.activation
+        if self.search is not None and (activation is None or activation.scale == "dynamic" or self.after_silu is not None):
+            raise RecipeError("Recipe: a grid search needs inner activations with static or timestep scales, and no after_silu")
+        if self.smooth is not None and any(s.activation and s.activation.scale != "dynamic" for s in self._layer_specs()):
+            raise RecipeError("Recipe: smoothing changes inputs whose static or timestep scales are calibrated; set smooth to null")
         for pattern in self.keep:
             try:
                 re.compile(pattern)
@@ -226,14 +276,23 @@ class Recipe(_Fields):
 
     @property
     def needs_calibration(self) -> bool:
-        edge_gptq = self.edge is not None and self.edge.weight.rounding == "gptq"
-        return self.smooth is not None or self.inner.weight.rounding == "gptq" or edge_gptq
+        return self.smooth is not None or any(spec.needs_calibration for spec in self._layer_specs())
+
+    def _layer_specs(self) -> list[LayerSpec]:
+        """Every layer spec that the recipe may give to a layer; the searched ones by their grids."""
+        specs = [self.inner, *([] if self.edge is None else [self.edge])]
+        if self.after_silu is not None:
+            specs.append(self.inner.replace(activation=self.after_silu))
+        if self.search is not None and self.inner.activation is not None:
+            weights = (self.inner.weight.replace(grid=grid) for grid in self.search.weight_grids)
+            inputs = [self.inner.activation.replace(grid=grid, zero_point=False) for grid in self.search.signed_grids]
+            inputs += [self.inner.activation.replace(grid=grid, zero_point=True) for grid in self.search.unsigned_grids]
+            specs += [LayerSpec(weight, inputs[0]) for weight in weights] + [LayerSpec(activation=one) for one in inputs]
+        return specs
 
     def simulated_only(self) -> str | None:
         """Why some layer of this recipe cannot run in exact integers (None: all can)."""
-        after_silu = self.inner.replace(activation=self.after_silu)
-        hindrances = (spec.simulated_only() for spec in (self.inner, self.edge, after_silu) if spec is not None)
-        return next((hindrance for hindrance in hindrances if hindrance), None)
+        return next((hindrance for hindrance in (spec.simulated_only() for spec in self._layer_specs()) if hindrance), None)
 
     def compensated(self) -> "Recipe":
         """This recipe with GPTQ error compensation of the inner weights; needs calibration."""
@@ -250,6 +309,10 @@ class Recipe(_Fields):
 
 LZS_WEIGHT = WeightSpec("lzs4", max_shift=4)
 LZS_ACTIVATION = ActivationSpec("lzs4", max_shift=4)
+FP4 = LayerSpec(WeightSpec("e2m1"), ActivationSpec("e2m1", scale="static"))
+FP6 = LayerSpec(WeightSpec("e2m3"), ActivationSpec("e2m3", scale="static"))
+FP6_SIGNED = ("e1m4", "e2m3", "e3m2", "e4m1")
+FP6_UNSIGNED = ("ue1m5", "ue2m4", "ue3m3", "ue4m2")
 
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
@@ -275,6 +338,9 @@ PRESETS: dict[str, Recipe] = {
             LayerSpec(LZS_WEIGHT, LZS_ACTIVATION),
             after_silu=ActivationSpec("ue1m3", max_shift=4, zero_point=True),
         ),
+        Recipe("msfp-w4a4", FP4, search=GridSearch()),
+        Recipe("msfp-signed-w4a4", FP4, search=GridSearch(unsigned_grids=())),  # what MSFP improves on: signed grids everywhere
+        Recipe("msfp-w6a6", FP6, search=GridSearch(FP6_SIGNED, FP6_SIGNED, FP6_UNSIGNED)),  # simulated
         Recipe("int4-w4a4", LayerSpec(WeightSpec("int4", scale="absmax"), ActivationSpec("int4"))),
         Recipe("int8-w8a8", INT8),
     )

@@ -55,7 +55,7 @@ def render(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"fixed": fixed, "spread": spread, "significant": significant, "ratio": ratio}
+    environment.filters |= {"fixed": fixed, "spread": spread, "significant": significant, "ratio": ratio, "errors": errors}
     environment.globals |= {
         "marker_points": marker_points,
         "colours": COLOURS,
@@ -118,6 +118,13 @@ def significant(value: float | None) -> str:
     if value is None or not math.isfinite(value) or value == 0:
         return fixed(value, 0)
     return fixed(value, max(0, 2 - math.floor(math.log10(abs(value)))))
+
+
+def errors(found: dict[str, float]) -> list[tuple[str, str]]:
+    """Grids and their mean squared errors, the least first, each as a multiple of it."""
+    ranked = sorted(found.items(), key=lambda pair: pair[1])
+    least = ranked[0][1] if ranked else 0.0
+    return [(grid, f"{error:.2e}" if error == least or not least else f"×{fixed(error / least, 2)}") for grid, error in ranked]
 
 
 def ratio(run: Run) -> str:
