@@ -18,8 +18,8 @@ from halfbyte.formats import get_grid
 from halfbyte.quantizers import (
     FixedScale,
     QuantizedWeight,
-    quantize_activation,
     quantize_weight,
+    round_activation,
     straight_through,
     weight_scale,
 )
@@ -224,8 +224,8 @@ class FakeQuant(QuantizedLayer):
             x = scale_input(layer, x, self.input_scale)
         if self.spec.activation is None:
             return x
-        integers, scale = quantize_activation(input_to_rows(layer, x.detach()), self.spec.activation, self.fixed_scale())
-        return straight_through(x, rows_to_input(layer, integers * scale, x.shape).to(x.dtype))
+        rounded = round_activation(input_to_rows(layer, x.detach()), self.spec.activation, self.fixed_scale())
+        return straight_through(x, rows_to_input(layer, rounded, x.shape).to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.rounded_weight(self.float_weight(self.chosen_set()))

@@ -63,6 +63,7 @@ class State:
 
     call: Call  # tensors on the CPU
     target: Tensor  # (rows, ...): the teacher's prediction
+    timestep: float
 
 
 @dataclass
@@ -128,6 +129,7 @@ class StatePool:
             choice = draw(self.settings.seed, 2, step, lane)
             states = self.generations[wanted[choice % len(wanted)]]
             picks.append((states[choice // len(wanted) % len(states)], lane - self.lanes.start))
+        picks.sort(key=lambda pick: pick[0].timestep)  # rows with the same weights lie together
         return self._mix(picks)
 
     def _generate(self, generation: int) -> list[State]:
@@ -141,7 +143,9 @@ class StatePool:
             call = Call(to_device(args, "cpu"), to_device(kwargs, "cpu"))
             if states:
                 call = _share(states[-1].call, call)
-            states.append(State(call, to_device(prediction(output), "cpu")))
+            name, position = self.timestep
+            timestep = float(torch.as_tensor(args[position] if position < len(args) else kwargs[name]).max())
+            states.append(State(call, to_device(prediction(output), "cpu"), timestep))
 
         settings, first = self.settings, generation * self.settings.batch
         epoch = first // SPREAD
