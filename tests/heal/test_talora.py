@@ -8,9 +8,11 @@ from torch import nn
 
 import halfbyte as hb
 from halfbyte.errors import CalibrationError, HealError
-from halfbyte.heal.distill import Settings, distill
+from halfbyte.heal.distill import distill
+from halfbyte.heal.routing import LoRASettings, Routing, by_choice
+from halfbyte.heal.settings import Settings
 from halfbyte.heal.states import PoolSettings, StatePool
-from halfbyte.heal.talora import LoRASettings, Routing, TALoRA, by_choice
+from halfbyte.heal.talora import TALoRA
 from halfbyte.layers import FAKE_QUANT, FakeQuant, apply_layer
 from halfbyte.metrics import sqnr
 from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec
@@ -248,6 +250,7 @@ def test_splits_and_routers_start_with_equal_parts():
     assert torch.allclose(fractions.features, Routing(2, TIMES, LoRASettings()).features, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_router_finds_the_timesteps_that_need_different_weights(pipe):
     """Two tasks: below timestep 300 the teacher's prediction is flipped. A split in the middle must move there."""
     student = copy.deepcopy(pipe.unet)

@@ -11,9 +11,9 @@ The state is saved just before an update, with gradients known to be finite: wha
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,81 +23,13 @@ from torch import Tensor, nn
 from halfbyte.calibration import find_denoiser
 from halfbyte.errors import DivergedError, HealError, StoppedError
 from halfbyte.heal.diagnose import culprit
+from halfbyte.heal.method import Method
 from halfbyte.heal.resume import Log, RunFolder, StopSignal
-from halfbyte.heal.states import Batch, PoolSettings, StatePool, draw, prediction
+from halfbyte.heal.settings import Settings
+from halfbyte.heal.states import Batch, PoolSettings, StatePool, draw
 
 Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
 TICKS = 1000  # units of progress of a whole run
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How long, how fast, on what.
-
-    Raises:
-        HealError: for values that make no sense.
-    """
-
-    steps: int | None = None  # optimizer steps; the run ends, and the learning rate reaches 0, at the nearer of
-    minutes: float | None = None  # steps and minutes of training time
-    batch: int = 32  # samples of an optimizer step, over all processes
-    accumulate: int = 1  # parts a process takes its share of the batch in
-    learning_rate: float = 1e-3  # at its peak; methods scale it for each parameter
-    warmup: int = 20  # steps of linear warm-up
-    weight_decay: float = 0.0
-    clip: float = 1.0  # largest norm of the gradient
-    bf16: bool = False  # autocast of the student's forward pass
-    ema: float | None = None  # decay of averaged weights, such as 0.999; they replace the trained ones at the end
-    recompute: bool = False  # activation checkpointing: less memory, more time
-    sampler_steps: int = 20  # of the teacher's trajectories, on average
-    depth: int = 2  # trajectories a lane held at a time
-    reuse: float = 2.0  # how often a state is learned from, on average
-    seed: int = 0
-    save_minutes: float = 3.0
-    log_every: int = 10  # steps
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            raise HealError("a run needs an end: give steps, minutes, or both")
-        lowest = {"weight_decay": 0, "seed": -math.inf, "warmup": 0, "steps": 1}
-        for item in fields(self):
-            value, low = getattr(self, item.name), lowest.get(item.name)
-            if value is None or isinstance(value, bool):
-                continue
-            if not (value > 0 if low is None else value >= low) or not math.isfinite(value):
-                raise HealError(f"{item.name} must be {'> 0' if low is None else f'>= {low}'}, got {value!r}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise HealError(f"ema must lie between 0 and 1, got {self.ema!r}")
-
-    def identity(self) -> dict[str, Any]:
-        """What a continued run must share: all but the time budget, and how often things are written."""
-        return {key: value for key, value in asdict(self).items() if key not in ("minutes", "save_minutes", "log_every")}
-
-
-class Method:
-    """What a fine-tune trains and minimises. This base trains nothing and compares predictions; methods change what they need."""
-
-    name = "method"
-
-    def trained(self) -> dict[str, float]:
-        """Names of the student's parameters to train, with the factor of the learning rate for each."""
-        raise NotImplementedError
-
-    def identity(self) -> dict[str, Any]:
-        """The method's own settings, for the fingerprint; plain JSON."""
-        return {"name": self.name}
-
-    def before_step(self, step: int) -> None:
-        """Called before the forward pass of every optimizer step."""
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Loss of every row of a batch, float32 (rows,); `model` is the student, wrapped where several processes train it."""
-        return mean_square(prediction(model(*batch.args, **batch.kwargs)), batch.target)
-
-
-def mean_square(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of every row, float32 (rows,)."""
-    return (predicted.float() - target.float()).square().flatten(1).mean(1)
 
 
 def distill(
@@ -107,7 +39,7 @@ def distill(
     settings: Settings,
     *,
     prompts: Sequence[str] = (),
-    folder: str | Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -142,7 +74,7 @@ class Run:
         method: Method,
         settings: Settings,
         prompts: Sequence[str],
-        folder: str | Path | None,
+        folder: str | os.PathLike[str] | None,
         resume: bool,
         identity: dict[str, Any],
         progress: Progress | None,
@@ -164,7 +96,7 @@ class Run:
             self.restore()
         self.log = Log(self.folder.path if self.folder and self.accelerator.is_main_process else None, self.step)
 
-    def _folder(self, path: str | Path | None, resume: bool) -> RunFolder | None:
+    def _folder(self, path: str | os.PathLike[str] | None, resume: bool) -> RunFolder | None:
         if path is None:
             return None
         with self.accelerator.main_process_first():  # the others find the folder made
@@ -285,7 +217,7 @@ class Run:
     def _report(self) -> None:
         """A row of the log every so often, and the progress."""
         loss = self.sums[0] / max(1, self.sums[2])
-        if self.step % self.settings.log_every == 0:
+        if self.step % self.settings.log_every == 0 or (self.done >= 1 and self.sums[2]):
             row = {"step": self.step, "loss": loss, "gradient_norm": self.sums[1] / self.sums[2], "learning_rate": self.rate}
             self.log.add({**row, "seconds": round(self.seconds, 3)})
             self.sums = [0.0, 0.0, 0.0]

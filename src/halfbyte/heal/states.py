@@ -92,6 +92,12 @@ def prediction(output: Any) -> Tensor:
     return found
 
 
+def timestep_of(call: Call, denoiser: nn.Module) -> float:
+    """The (largest) timestep of a denoiser's call."""
+    name, position = timestep_argument(denoiser)
+    return float(torch.as_tensor(call.kwargs[name] if name in call.kwargs else call.args[position]).max())
+
+
 class StatePool:
     """The trajectories of some lanes, made when they are needed.
 
@@ -143,9 +149,7 @@ class StatePool:
             call = Call(to_device(args, "cpu"), to_device(kwargs, "cpu"))
             if states:
                 call = _share(states[-1].call, call)
-            name, position = self.timestep
-            timestep = float(torch.as_tensor(args[position] if position < len(args) else kwargs[name]).max())
-            states.append(State(call, to_device(prediction(output), "cpu"), timestep))
+            states.append(State(call, to_device(prediction(output), "cpu"), timestep_of(call, self.denoiser)))
 
         settings, first = self.settings, generation * self.settings.batch
         epoch = first // SPREAD
