@@ -184,6 +184,21 @@ def heal(
         )
     if summary:
         typer.echo(summary)
+        _write_healing_page(output)
+
+
+def _write_healing_page(output: Path) -> None:
+    from halfbyte.checkpoint import read_json
+    from halfbyte.errors import MissingExtraError
+    from halfbyte.heal.command import RESULTS_FILE, run_folder
+    from halfbyte.report.healing import write_healing_report
+
+    page = run_folder(output) / "report.html"
+    try:
+        write_healing_report(read_json(page.with_name(RESULTS_FILE)), page, output.name)
+        typer.echo(f"The page with the pictures: {page.resolve()}")
+    except MissingExtraError as missing:
+        typer.echo(f"No page with pictures: {missing}")
 
 
 @app.command(epilog='Example:  halfbyte sample my-model-4bit -n 16 --steps 20 --prompt "a red bicycle" -o grid.png')

@@ -200,8 +200,12 @@ def test_the_command_heals_a_folder(monkeypatch, capsys, folders, tmp_path):
     assert "6 steps" in text
     assert "49 layers choose by timestep" in " ".join(text.split()) or "of 49 layers" in " ".join(text.split())
     folder = tmp_path / "healed.healing"
-    assert sorted(path.name for path in folder.iterdir()) == ["healing.json", "log.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["healing.json", "log.jsonl", "report.html"]
     results = json.loads((folder / "healing.json").read_text())
+    page = (folder / "report.html").read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    assert page.count("<rect") >= 49 * 2
+    assert "mid_block.resnets.0.conv1" in page
     assert len(results["choice"]) == 49
     assert sum(length for _, length in results["choice"]["mid_block.resnets.0.conv1"]) == 1000
     assert sample_images(hb.load(out), 2, 3).isfinite().all()

@@ -32,7 +32,7 @@ def heal_folder(
     if output.exists():
         raise OutputExistsError(f"{output} exists already; choose another output folder or remove it first")
     lines = _prompts(prompts)
-    run = output.with_name(output.name + RUN_SUFFIX)
+    run = run_folder(output)
     float_pipe = api.load_float(teacher)
     pipe, student = load_student(model, float_pipe)
     result = heal(student, float_pipe, prompts=lines, output=run, resume=resume, **options)
@@ -43,6 +43,11 @@ def heal_folder(
     write_file(run / RESULTS_FILE, json.dumps(result.to_dict()).encode())
     (run / STATE_FILE).unlink(missing_ok=True)
     return _summary(result, output, run)
+
+
+def run_folder(output: Path) -> Path:
+    """Where a run keeps its state and log, beside the output."""
+    return output.with_name(output.name + RUN_SUFFIX)
 
 
 def _prompts(file: Path | None) -> list[str]:
