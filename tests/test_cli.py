@@ -40,7 +40,7 @@ def left_behind(folder):
 
 
 def test_every_command_helps_with_an_example(monkeypatch, capsys):
-    for command in ("demo", "quantize", "sample", "info"):
+    for command in ("demo", "quantize", "heal", "sample", "info"):
         code, out, _ = run(monkeypatch, capsys, command, "--help")
         assert code in (0, None)
         assert f"halfbyte {command}" in out

@@ -17,8 +17,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "halfbyte"
 # fmt: off
 ROOMS = (
     "errors", "formats", "packing", "recipe", "targets", "quantizers", "timestep", "layers", "metrics", "tracing", "calibration",
-    "methods", "heal", "checkpoint", "streaming", "runtime", "conversion", "hub", "diffusers_plugin", "transformers_plugin", "api",
-    "evaluate", "sensitivity", "report", "demo", "cli",
+    "methods", "checkpoint", "streaming", "runtime", "conversion", "hub", "diffusers_plugin", "transformers_plugin", "api",
+    "evaluate", "heal", "sensitivity", "report", "demo", "cli",
 )
 # fmt: on
 

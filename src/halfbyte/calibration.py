@@ -105,7 +105,9 @@ def record_calls(
     return [calls[index] for index in kept]
 
 
-def sampler_arguments(pipe: Any, indices: range, total: int, steps: int, seed: int, prompts: Sequence[str] = ()) -> dict[str, Any]:
+def sampler_arguments(
+    pipe: Any, indices: Sequence[int], total: int, steps: int, seed: int, prompts: Sequence[str] = ()
+) -> dict[str, Any]:
     """Arguments of a pipeline call that samples the images of the given indices, whatever kind of pipeline it is.
 
     Every image has a generator of its own, seeded by (seed, index): an image does not depend on the batch it is sampled in.

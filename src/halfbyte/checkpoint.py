@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError, CorruptError, OutputExistsError, RecipeError, VersionError
@@ -32,6 +32,7 @@ METHOD = "halfbyte"
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 MAX_SHARD = "5GB"
+STATE = "halfbyte_state"  # the metadata key under which `write_state` keeps its entries
 ShardError = SafetensorError  # what safetensors raises on a file that is none
 
 
@@ -296,6 +297,32 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         with unreadable(file), safe_open(file, framework="pt") as shard:
             tensors.update((key, shard.get_tensor(key)) for key in shard.keys())  # noqa: SIM118
     return tensors
+
+
+def write_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> Path:
+    """Tensors and JSON-able entries as one safetensors file, replacing an older one: whole or not at all, whenever it is cut off.
+
+    Raises:
+        CheckpointError: when it cannot be written; the older file stays then.
+    """
+    return write_file(path, save(_apart(tensors), metadata={STATE: json.dumps(dict(entries))}))
+
+
+def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_state` wrote.
+
+    Raises:
+        CorruptError: when the file is not a whole safetensors file, or not one of `write_state`.
+    """
+    file = Path(path)
+    with unreadable(file), safe_open(file, framework="pt") as state:
+        entries = (state.metadata() or {}).get(STATE)
+        tensors = {key: state.get_tensor(key) for key in state.keys()}  # noqa: SIM118
+    try:
+        found = json.loads(entries)  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        raise CorruptError(f"{file} holds no training state of halfbyte: {error}") from error
+    return tensors, found
 
 
 def read_header(files: Iterable[Path]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -78,7 +78,7 @@ def _lines(file: Path | None) -> list[str]:
     try:
         return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise HalfbyteError(f"the prompts in {file} cannot be read: {error}") from error
+        raise HalfbyteError(f"{file} cannot be read as a list of prompts: {error}") from error
 
 
 def _print_runs(results: dict[str, Any]) -> None:
@@ -205,6 +205,78 @@ def _print_sensitivity(found: Any, widths: dict[str, str] | None) -> None:
         typer.echo(f"{stored:.2f} bits a weight, {seen:.2f} bits an activation: {counts}")
 
 
+@app.command(
+    epilog="Example:  halfbyte heal my-model-4bit --teacher my-model -o my-model-healed --minutes 15    "
+    "On several devices:  accelerate launch -m halfbyte.cli heal ..."
+)
+def heal(
+    model: Annotated[Path, typer.Argument(help="Folder that `halfbyte quantize` wrote.")],
+    teacher: Annotated[Path, typer.Option(help="The float model it was made from: a folder, or a name on the Hub.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the healed pipeline.")],
+    method: Annotated[str, typer.Option(help="talora: several LoRAs a layer, chosen by timestep; lora: one.")] = "talora",
+    minutes: Annotated[float | None, typer.Option(help="End after this much training.  [default: 15, without --steps]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="End after these optimizer steps.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped, with the same options.")] = False,
+    loras: Annotated[int, typer.Option(min=1, max=255, help="LoRAs a layer.")] = 2,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of each LoRA.")] = 16,
+    routing: Annotated[str, typer.Option(help="router: learned; split: equal parts of the timesteps.")] = "router",
+    dfa: Annotated[str, typer.Option(help="Weigh the loss by denoising factors: auto, ddpm, ddim, flow or off.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Samples of an optimizer step, over all processes.")] = 32,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts that a process takes its share in, to save memory.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="At its peak, in quantization steps.")] = 2e-2,
+    sampler_steps: Annotated[int, typer.Option(min=1, help="Of the teacher's trajectories.")] = 20,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train in bf16 where that is safe.")] = False,
+    ema: Annotated[float | None, typer.Option(help="Decay of averaged weights, such as 0.999.")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Recompute activations: less memory, more time.")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line, for text-to-image models.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of noise, batches and LoRAs.")] = 0,
+) -> None:
+    """Win back quality by a short fine-tune against the float model; no data needed."""
+    from halfbyte.heal.command import heal_folder
+
+    with progress() as report:
+        summary = heal_folder(
+            model,
+            teacher,
+            output,
+            prompts=_lines(prompts),
+            progress=report,
+            method=method,
+            minutes=15.0 if minutes is None and steps is None else minutes,
+            steps=steps,
+            resume=resume,
+            loras=loras,
+            rank=rank,
+            routing=routing,
+            dfa=dfa,
+            batch=batch,
+            accumulate=accumulate,
+            learning_rate=learning_rate,
+            sampler_steps=sampler_steps,
+            bf16=bf16,
+            ema=ema,
+            recompute=recompute,
+            seed=seed,
+        )
+    if summary:
+        typer.echo(summary)
+        _write_healing_page(output)
+
+
+def _write_healing_page(output: Path) -> None:
+    from halfbyte.checkpoint import read_json
+    from halfbyte.errors import MissingExtraError
+    from halfbyte.heal.command import RESULTS_FILE, run_folder
+    from halfbyte.report.healing import write_healing_report
+
+    page = run_folder(output) / "report.html"
+    try:
+        write_healing_report(read_json(page.with_name(RESULTS_FILE)), page, output.name)
+        typer.echo(f"The page with the pictures: {page.resolve()}")
+    except MissingExtraError as missing:
+        typer.echo(f"No page with pictures: {missing}")
+
+
 @app.command(epilog='Example:  halfbyte sample my-model-4bit -n 16 --steps 20 --prompt "a red bicycle" -o grid.png')
 def sample(
     model: Annotated[Path, typer.Argument(help="Folder of a pipeline, quantized or not.")],
@@ -247,10 +319,13 @@ def info(model: Annotated[Path | None, typer.Argument(help="Folder of a quantize
 
 def main() -> None:
     """Entry point: intended errors and wrong usage end in a sentence, never in a traceback."""
-    from halfbyte.errors import HalfbyteError
+    from halfbyte.errors import HalfbyteError, StoppedError
 
     try:
         app()
+    except StoppedError as stop:
+        typer.secho(str(stop), fg="yellow", err=True)
+        sys.exit(128 + stop.signal)
     except HalfbyteError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)

@@ -18,8 +18,8 @@ from halfbyte.formats import get_grid
 from halfbyte.quantizers import (
     FixedScale,
     QuantizedWeight,
-    quantize_activation,
     quantize_weight,
+    round_activation,
     straight_through,
     weight_scale,
 )
@@ -212,20 +212,33 @@ class FakeQuant(QuantizedLayer):
         matrix = weight_to_matrix(self, self.float_weight(chosen).detach())  # type: ignore[arg-type]
         return quantize_weight(matrix, self.weight_scale, self.spec.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def rounded_weight(self, weight: Tensor) -> Tensor:
+        """A weight of this layer's shape as the packed layer would hold it; gradients pass straight through."""
         layer: Any = self
-        chosen = self.chosen_set()
-        rounded = matrix_to_weight(layer, self.quantized_weight(chosen).dequantize()).to(self.weight.dtype)
-        weight = straight_through(self.float_weight(chosen), rounded)
+        rounded = quantize_weight(weight_to_matrix(layer, weight.detach()), self.weight_scale, self.spec.weight).dequantize()
+        return straight_through(weight, matrix_to_weight(layer, rounded).to(weight.dtype))
+
+    def rounded_input(self, x: Tensor) -> Tensor:
+        """An input as the packed layer would see it; gradients pass straight through."""
+        layer: Any = self
         if self.input_scale is not None:
             x = scale_input(layer, x, self.input_scale)
-        branch = None if self.low_rank is None else apply_layer(layer, x, matrix_to_weight(layer, self.low_rank).to(x.dtype), None)
-        if self.spec.activation is not None:
-            rows = input_to_rows(layer, x.detach())
-            integers, scale = quantize_activation(rows, self.spec.activation, self.fixed_scale())
-            x = straight_through(x, rows_to_input(layer, integers * scale, x.shape).to(x.dtype))
-        y = apply_layer(layer, x, weight, self.bias)
-        return y if branch is None else y + branch
+        if self.spec.activation is None:
+            return x
+        rounded = round_activation(input_to_rows(layer, x.detach()), self.spec.activation, self.fixed_scale())
+        return straight_through(x, rows_to_input(layer, rounded, x.shape).to(x.dtype))
+
+    def add_branch(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output with what the 16-bit branch makes of the unrounded input, where there is one."""
+        if self.low_rank is None:
+            return y
+        layer: Any = self
+        x = x if self.input_scale is None else scale_input(layer, x, self.input_scale)
+        return y + apply_layer(layer, x, matrix_to_weight(layer, self.low_rank).to(x.dtype), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.rounded_weight(self.float_weight(self.chosen_set()))
+        return self.add_branch(apply_layer(self, self.rounded_input(x), weight, self.bias), x)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}"  # type: ignore[misc]

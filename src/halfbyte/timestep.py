@@ -14,6 +14,21 @@ from halfbyte.errors import CalibrationError
 ARGUMENTS = ("timestep", "timesteps", "t")
 
 
+def timestep_argument(denoiser: nn.Module) -> tuple[str, int]:
+    """Name and position of the timestep among the arguments of a denoiser's forward.
+
+    Raises:
+        CalibrationError: when no argument is named timestep, timesteps or t.
+    """
+    parameters = list(inspect.signature(denoiser.forward).parameters)
+    name = next((argument for argument in ARGUMENTS if argument in parameters), None)
+    if name is None:
+        raise CalibrationError(
+            f"{type(denoiser).__name__}.forward({', '.join(parameters)}) has no argument named {', '.join(ARGUMENTS)}"
+        )
+    return name, parameters.index(name)
+
+
 class TimestepState:
     """The current timestep of one denoiser.
 
@@ -36,13 +51,7 @@ class TimestepState:
         Raises:
             CalibrationError: when forward has no argument named timestep, timesteps or t.
         """
-        parameters = list(inspect.signature(denoiser.forward).parameters)
-        name = next((argument for argument in ARGUMENTS if argument in parameters), None)
-        if name is None:
-            raise CalibrationError(
-                f"{type(denoiser).__name__}.forward({', '.join(parameters)}) has no argument named {', '.join(ARGUMENTS)}"
-            )
-        self._argument = name, parameters.index(name)
+        self._argument = timestep_argument(denoiser)
         return denoiser.register_forward_pre_hook(self._read, with_kwargs=True)
 
     def _read(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -19,9 +19,10 @@ def write_heatmap(found: Sensitivity, path: str | Path, widths: Mapping[str, str
     Raises:
         CheckpointError: when the file cannot be written. MissingExtraError: without jinja2.
     """
-    template = environment({"decibel": decibel, "heat": heat}).get_template("sensitivity.html.j2")
+    templates = environment()
+    templates.filters |= {"decibel": decibel, "heat": heat}
     first = next(iter(found.ladder))
-    page = template.render(
+    page = templates.get_template("sensitivity.html.j2").render(
         found=found,
         layers=found.layers,
         families=sorted(found.families, key=lambda family: -family.total(first)),

@@ -1,7 +1,6 @@
 """The page itself: what it says about the results, and how it comes to disk."""
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,8 @@ def write_report(results: Any, path: str | Path) -> None:
     write_file(path, render(check_results(results)).encode("utf-8"))
 
 
-def environment(filters: Mapping[str, Callable[..., Any]]) -> Any:
-    """The templates, ready to render.
+def environment() -> Any:
+    """The templates, their filters and what they all use.
 
     Raises:
         MissingExtraError: without jinja2.
@@ -60,21 +59,21 @@ def environment(filters: Mapping[str, Callable[..., Any]]) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"fixed": fixed, **filters}
-    return made
-
-
-def render(results: Results) -> str:
-    """The page as text."""
-    templates = environment({"spread": spread, "significant": significant, "ratio": ratio, "errors": errors})
-    templates.globals |= {
+    made.filters |= {"fixed": fixed, "spread": spread, "significant": significant, "ratio": ratio, "errors": errors}
+    made.globals |= {
         "marker_points": marker_points,
         "colours": COLOURS,
         "picture_size": picture_size,
         "pixels_below": PIXELS_BELOW,
     }
+    return made
+
+
+def render(results: Results) -> str:
+    """The page as text."""
     runs = results["runs"]
-    page: str = templates.get_template("report.html.j2").render(
+    template = environment().get_template("report.html.j2")
+    page: str = template.render(
         results=results,
         settings=results["settings"],
         runs=runs,
