@@ -307,3 +307,38 @@ def test_the_first_use_of_a_grid_does_not_decide_its_precision(first_use):
             codes = encode(probe, get_grid("e2m1"))
     assert decode(codes, get_grid("e2m1")).tolist() == [1, 3, 6, 12]
     assert round_to_grid(probe, get_grid("e2m1")).tolist() == [1, 3, 6, 12]
+
+
+@pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if grid.mantissa_bits])
+def test_rounding_by_addition_is_rounding_by_table(name):
+    """The fast path against the table search, on midpoints, their neighbours, extremes and random values."""
+    grid = GRIDS[name]
+    magnitudes = torch.tensor(grid.magnitudes, dtype=torch.float32)
+    middle = (magnitudes[1:] + magnitudes[:-1]) / 2
+    draw = torch.Generator().manual_seed(0)
+    values = torch.cat(
+        [
+            middle,
+            middle.nextafter(torch.tensor(torch.inf)),
+            middle.nextafter(torch.tensor(0.0)),
+            magnitudes,
+            torch.randn(10_000, generator=draw) * grid.top / 3,
+            torch.randn(10_000, generator=draw) * 2,
+            torch.tensor([0.0, 1e-40, 1e30, torch.inf]),
+        ]
+    )
+    values = torch.cat([values, -values])
+    index = torch.bucketize((values if grid.signed else values.clamp(min=0)).abs(), formats._boundaries(grid), right=True)
+    expected = magnitudes[index].copysign(values if grid.signed else values.clamp(min=0)).add(0.0)
+    found = round_to_grid(values, grid)
+    assert torch.equal(found, expected)
+    assert not (found.signbit() & (found == 0)).any()
+    strided = values[: len(values) // 2 * 2].view(2, -1).T
+    assert torch.equal(round_to_grid(strided, grid), expected[: len(values) // 2 * 2].view(2, -1).T)
+
+
+def test_mantissa_bits_are_those_of_minifloats_alone():
+    for name, grid in GRIDS.items():
+        wanted = int(name[-1]) if "m" in name and not grid.contiguous else None
+        assert grid.mantissa_bits == wanted, name
+    assert Grid("odd", (0, 1, 2, 3, 5, 6, 8, 12), "sign-magnitude").mantissa_bits is None

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.formats import GRIDS, decode, get_grid
-from halfbyte.quantizers import decode_weight, quantize_activation, quantize_weight, straight_through, weight_scale
+from halfbyte.quantizers import (
+    FixedScale,
+    decode_weight,
+    quantize_activation,
+    quantize_weight,
+    round_activation,
+    straight_through,
+    weight_scale,
+)
 from halfbyte.recipe import ActivationSpec, WeightSpec
 
 MAGNITUDES = {
@@ -261,3 +269,25 @@ def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():
     with torch.no_grad():
         assert torch.equal(straight_through(exact, rounded), rounded)
     assert not straight_through(exact.detach(), rounded).requires_grad
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ActivationSpec("int8"),
+        ActivationSpec("lzs4", max_shift=4),
+        ActivationSpec("ue2m2", zero_point=True),
+        ActivationSpec("e2m1", scale="static"),
+        ActivationSpec("int4", group=4),
+    ],
+)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (5, 7, 9), (3, 300, 200)])
+def test_a_rounded_input_is_integers_times_scales(spec, shape):
+    """In parts, into one output: the same bits, also for rows with a NaN."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if x.numel():
+        x[0, 0, 0] = torch.nan
+    fixed = FixedScale(torch.tensor(0.2), torch.tensor(0)) if spec.scale == "static" else None
+    integers, scale = quantize_activation(x, spec, fixed)
+    assert torch.equal(round_activation(x, spec, fixed).nan_to_num(7.0), (integers * scale).nan_to_num(7.0))
+    assert round_activation(x.transpose(1, 2).contiguous().transpose(1, 2), spec, fixed).is_contiguous()
