@@ -1,0 +1,54 @@
+// What an instruction set brings: one table of functions for each, made in a translation unit of its own with its own compiler flags.
+#pragma once
+
+#include "layout.h"
+
+namespace halfbyte {
+
+// Extremes of some input values. low <= 0 <= high; absmax is the largest magnitude's bit pattern, above infinity's where there is a NaN.
+struct Range {
+  float low = 0, high = 0;
+  uint32_t absmax = 0;
+};
+
+// How the values of one image become bytes: u = level(x * reciprocal + zero) + offset.
+struct Encoding {
+  const InputFormat* format;
+  const GridTable* grid;
+  float reciprocal;  // NaN where the image holds a NaN or an infinity
+  float zero;        // of unsigned grids
+  int offset;        // 128 for signed grids, else 0
+};
+
+// How 32-bit sums of a row become outputs: (sum - zero * colsum[n]) * (scale * weight_scale[n]) + bias[n].
+struct Epilogue {
+  const int32_t* colsum;
+  const float* weight_scale;
+  const float* bias;  // or null
+  int columns;        // valid ones of the tile
+};
+
+// A stretch of K for the micro-kernels: `segments` of `quads` 4-byte steps, at the given offsets from the row pointers.
+struct Walk {
+  const int64_t* offsets;  // of segments, from a row's first byte
+  int64_t segments;
+  int64_t quads;           // of a segment, what is needed
+  int64_t chunks;          // of a segment, as stored
+};
+
+struct Kernels {
+  int rows, blocks;        // of a tile: input rows, blocks of 16 output channels
+  int row_stride;          // of the sums that `tile` writes, in int32
+  void (*range)(const void* values, Dtype dtype, int64_t count, Range* range);
+  void (*encode)(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
+  // Weights of `count` chunks of a tiled block from packed bytes to a panel of this instruction set. shifts may be null.
+  void (*decode)(const uint8_t* codes, const uint8_t* shifts, const GridTable& grid, int64_t count, uint8_t* panel);
+  // sums[row * row_stride + n] = sum over the walk; `count` rows of at most `rows`, `blocks` panels `panel_stride` bytes apart.
+  void (*tile)(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks, int32_t* sums);
+  // The same straight from packed nibbles, for few rows; null where there is none.
+  void (*thin)(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* codes, int64_t code_stride, const uint8_t* shifts,
+               int64_t shift_stride, const GridTable& grid, int blocks, int32_t* sums);
+  void (*finish)(const int32_t* sums, const Epilogue& epilogue, int32_t zero, float scale, Dtype dtype, void* out);
+};
+
+}  // namespace halfbyte
