@@ -1,0 +1,94 @@
+"""Where a packed layer's codes stand: in the neutral order of the checkpoint, or in the tiles that the C++ engine reads.
+
+Never in both, or 4 bits would take the memory of 8. The first forward re-orders the codes into tiles and drops the neutral ones;
+whoever asks for the neutral ones afterwards (`state_dict`, a move to another device, `layer.weight_codes`) gets them back, bit for
+bit, and the tiles are dropped in turn. So there is nothing to invalidate: neutral codes, where present, are the truth.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import PackedError
+from halfbyte.runtime import cpu
+
+NEUTRAL = ("weight_codes", "weight_shift")
+_CHANGING = threading.RLock()  # held while any layer changes its form; a thread in a forward keeps the tiles it has
+
+
+class Tiled:
+    """Mixed into packed layers; expects the buffers of NEUTRAL and a buffer `weight_tiles` that is not saved."""
+
+    weight_tiles: Tensor | None  # uint8 (bytes,)
+
+    def tiles(self) -> Tensor:
+        """The codes in the engine's order; re-orders them if they are not.
+
+        Under `torch.compile` this happens while the graph is traced, so that the graph starts from the tiles.
+        """
+        if not torch.compiler.is_compiling():
+            return to_tiles(self)
+        _to_tiles(self)
+        buffers: dict[str, Any] = self._buffers
+        if buffers["weight_codes"] is not None:  # the graph remembers this question, and is traced anew when the answer changes
+            raise PackedError("another thread asked for the codes of a layer while its model was being compiled; compile it again")
+        tiles: Tensor = buffers["weight_tiles"]
+        return tiles
+
+    def to_neutral(self) -> None:
+        """Codes and shifts back in the order of the checkpoint; the tiles are dropped."""
+        buffers = self.__dict__.get("_buffers", {})
+        if buffers.get("weight_tiles") is None:
+            return
+        with _CHANGING, torch.inference_mode(False), torch.no_grad():
+            if (tiles := buffers["weight_tiles"]) is None:  # another thread was faster
+                return
+            for name, found in zip(NEUTRAL, cpu.from_tiles(self, tiles), strict=True):
+                if buffers[name] is None:  # else it was assigned since, and is newer
+                    buffers[name] = found
+            buffers["weight_tiles"] = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in NEUTRAL:
+            return super().__getattr__(name)  # type: ignore[misc]
+        with _CHANGING:
+            self.to_neutral()
+            return super().__getattr__(name)  # type: ignore[misc]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.to_neutral()
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        with _CHANGING:
+            self.to_neutral()
+            super()._save_to_state_dict(*args)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.to_neutral()
+        super()._load_from_state_dict(*args)  # type: ignore[misc]
+
+
+def to_tiles(layer: Any) -> Tensor:
+    """The layer's tiles; made from its neutral codes, which are dropped, if it holds those."""
+    buffers = layer._buffers
+    tiles: Tensor | None = buffers["weight_tiles"]
+    if tiles is not None and buffers["weight_codes"] is None and buffers["weight_shift"] is None:
+        return tiles
+    with _CHANGING, torch.inference_mode(False), torch.no_grad():
+        layer.to_neutral()  # fills in what was not assigned since
+        if (tiles := buffers["weight_tiles"]) is None:
+            tiles = buffers["weight_tiles"] = cpu.make_tiles(layer)
+            for name in NEUTRAL:
+                buffers[name] = None
+        return tiles
+
+
+@torch.compiler.assume_constant_result
+def _to_tiles(layer: Any) -> bool:
+    """`to_tiles` as seen by torch.compile: run once, while tracing."""
+    to_tiles(layer)
+    return True
