@@ -6,9 +6,11 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from halfbyte.errors import HalfbyteError, listed
 from halfbyte.runtime import cpu, engine
+from halfbyte.runtime.tiled import to_tiles
 
 VARIABLE = "HALFBYTE_BACKEND"
 NAMES = ("cpu", "reference")
@@ -45,14 +47,25 @@ def backend() -> Backend:
     return Backend("cpu", "the C++ engine, the fastest that works here")
 
 
-def engine_plan(layer: Any) -> cpu.Plan | None:
-    """How the C++ engine runs a packed layer; None where the reference backend does."""
-    return layer.plan if not isinstance(layer.plan, str) and _engine_chosen() else None
+def engine_plan(layer: Any, x: Tensor) -> cpu.Plan | None:
+    """How the C++ engine runs a packed layer on an input; None where the reference backend does.
+
+    Under `torch.compile` the layer's codes are in the engine's order when this returns.
+    """
+    plan = layer.plan
+    if isinstance(plan, str) or not cpu.takes(x):
+        return None
+    chosen = _ready_to_trace(layer) if torch.compiler.is_compiling() else backend().name == "cpu"
+    return plan if chosen else None
 
 
 @torch.compiler.assume_constant_result
-def _engine_chosen() -> bool:
-    return backend().name == "cpu"
+def _ready_to_trace(layer: Any) -> bool:
+    """Runs once, while a graph is traced, and before the trace has looked at the layer's buffers."""
+    if backend().name != "cpu":
+        return False
+    to_tiles(layer)
+    return True
 
 
 def integer_limit() -> float | None:

@@ -95,8 +95,9 @@ def forward(layer: Any, plan: Plan, x: Tensor) -> Tensor:
         PackedError: when the input does not have the layer's number of channels, or is smaller than its kernel.
     """
     linear = isinstance(layer, nn.Linear)
-    channels = x.shape[-1] if linear else x.shape[-1 - len(layer.kernel_size)]
-    if channels != plan.sizes[0]:
+    axis = -1 if linear else -1 - len(layer.kernel_size)
+    fits = x.ndim >= 1 if linear else x.ndim in (-axis, 1 - axis)
+    if not fits or x.shape[axis] != plan.sizes[0]:
         raise PackedError(f"{layer} takes {plan.sizes[0]} channels; got an input of shape {tuple(x.shape)}")
     weights = layer.tiles(), layer.weight_scale, layer.bias, plan.format
     if linear:

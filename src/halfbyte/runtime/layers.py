@@ -109,9 +109,9 @@ class Packed(Tiled, Float32Scales):
 
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self
+        plan = engine_plan(layer, x)
         with torch.no_grad():
             scaled = x if self.input_scale is None else scale_input(layer, x, self.input_scale)
-            plan = engine_plan(layer) if cpu.takes(scaled) else None
             if plan is None:
                 y = quantized_forward(self, scaled, self.levels(), self.weight_scale, self.bias, self.spec.activation)
             else:

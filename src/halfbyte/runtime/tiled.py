@@ -27,11 +27,10 @@ class Tiled:
     def tiles(self) -> Tensor:
         """The codes in the engine's order; re-orders them if they are not.
 
-        Under `torch.compile` this happens while the graph is traced, so that the graph starts from the tiles.
+        Under `torch.compile` they are already (`backends.engine_plan`), and are an input of the graph like any buffer.
         """
         if not torch.compiler.is_compiling():
             return to_tiles(self)
-        _to_tiles(self)
         buffers: dict[str, Any] = self._buffers
         if buffers["weight_codes"] is not None:  # the graph remembers this question, and is traced anew when the answer changes
             raise PackedError("another thread asked for the codes of a layer while its model was being compiled; compile it again")
@@ -85,10 +84,3 @@ def to_tiles(layer: Any) -> Tensor:
             for name in NEUTRAL:
                 buffers[name] = None
         return tiles
-
-
-@torch.compiler.assume_constant_result
-def _to_tiles(layer: Any) -> bool:
-    """`to_tiles` as seen by torch.compile: run once, while tracing."""
-    to_tiles(layer)
-    return True
