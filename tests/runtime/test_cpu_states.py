@@ -311,6 +311,7 @@ def test_equal_blocks_share_a_graph():
     assert len(frames) <= 2
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracer does that
 def test_a_backward_is_refused_when_compiled_too():
     packed, x = linear(), torch.randn(3, 70, requires_grad=True)
     torch._dynamo.reset()

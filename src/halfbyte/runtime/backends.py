@@ -10,7 +10,6 @@ from torch import Tensor
 
 from halfbyte.errors import HalfbyteError, listed
 from halfbyte.runtime import cpu, engine
-from halfbyte.runtime.tiled import to_tiles
 
 VARIABLE = "HALFBYTE_BACKEND"
 NAMES = ("cpu", "reference")
@@ -48,24 +47,16 @@ def backend() -> Backend:
 
 
 def engine_plan(layer: Any, x: Tensor) -> cpu.Plan | None:
-    """How the C++ engine runs a packed layer on an input; None where the reference backend does.
-
-    Under `torch.compile` the layer's codes are in the engine's order when this returns.
-    """
+    """How the C++ engine runs a packed layer on an input; None where the reference backend does."""
     plan = layer.plan
     if isinstance(plan, str) or not cpu.takes(x):
         return None
-    chosen = _ready_to_trace(layer) if torch.compiler.is_compiling() else backend().name == "cpu"
-    return plan if chosen else None
+    return plan if _engine_chosen() else None
 
 
 @torch.compiler.assume_constant_result
-def _ready_to_trace(layer: Any) -> bool:
-    """Runs once, while a graph is traced, and before the trace has looked at the layer's buffers."""
-    if backend().name != "cpu":
-        return False
-    to_tiles(layer)
-    return True
+def _engine_chosen() -> bool:
+    return backend().name == "cpu"
 
 
 def integer_limit() -> float | None:

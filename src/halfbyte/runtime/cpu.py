@@ -74,7 +74,13 @@ def make_tiles(layer: Any) -> Tensor:
     check_rows(codes, count, get_grid(weight.grid).bits)
     if shifts is not None:
         check_rows(shifts, -(-count // weight.subgroup), 4)
-    return engine.pack((layer.plan.sizes, get_grid(weight.grid).name, weight.max_shift, weight.subgroup), codes, shifts)
+    return engine.pack(codes, shifts, *weight_arguments(layer))
+
+
+def weight_arguments(layer: Any) -> tuple[tuple[int, ...], str, int, int]:
+    """How the engine is told what a layer's codes mean: sizes, grid, max_shift, subgroup."""
+    weight = layer.spec.weight
+    return layer.plan.sizes, get_grid(weight.grid).name, weight.max_shift, weight.subgroup
 
 
 def from_tiles(layer: Any, tiles: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -2,8 +2,9 @@
 
     halfbyte::linear    x (..., K)        -> (..., N)             in the dtype of x
     halfbyte::conv2d    x (B, C, H, W)    -> (B, N, H', W')       in the dtype of x; channels-last or contiguous, as asked
+    halfbyte::pack      codes, shifts     -> (bytes,)             uint8: the weights of both, re-ordered
 
-Both quantize their input, multiply exactly in integers with weights that stay 4-bit in memory, scale and add the bias in one pass.
+The first two quantize their input, multiply exactly in integers with weights that stay 4-bit in memory, scale and add the bias.
 A row of a linear input, or an image of a convolution, that holds a NaN or an infinity comes out as NaN, and no other does.
 
 The engine links no torch: tensors cross as addresses. What it must be able to rely on (device, dtype, strides) is checked or made
@@ -117,23 +118,33 @@ torch.library.register_fake("halfbyte::linear", _linear_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::conv2d", _conv2d_output, lib=LIBRARY)
 
 
-def pack(weight: tuple[Sequence[int], str, int, int], codes: Tensor, shifts: Tensor | None) -> Tensor:
+def pack(codes: Tensor, shifts: Tensor | None, sizes: Sequence[int], grid: str, max_shift: int, subgroup: int) -> Tensor:
     """Codes and shifts in the order the engine reads: uint8 (bytes,), which describe themselves.
 
     Args:
-        weight: sizes (`cpu.Plan`), grid name, max_shift, subgroup.
-        codes, shifts: as docs/format.md has them.
+        codes, shifts: as docs/format.md has them. sizes: of the layer (`cpu.Plan`).
     Raises:
         PackedError: when they are not on the CPU, have another size than the layer asks for, or a shift is too large.
     """
     if codes.device.type != "cpu":
         raise PackedError(f"the input is on the CPU and the layer's codes are on {codes.device}; move the model with .to('cpu')")
-    try:
-        tiles = torch.empty(_engine.packed_bytes(*weight), dtype=torch.uint8)
-        _engine.pack(*weight, codes.contiguous(), None if shifts is None else shifts.contiguous(), tiles)
-    except ValueError as error:
-        raise PackedError(f"the stored codes cannot be used: {error}") from error
+    with torch.inference_mode(False):
+        try:
+            tiles = torch.empty(_engine.packed_bytes(sizes, grid, max_shift, subgroup), dtype=torch.uint8)
+            stored = codes.contiguous(), None if shifts is None else shifts.contiguous()
+            _engine.pack(sizes, grid, max_shift, subgroup, *stored, tiles)
+        except ValueError as error:
+            raise PackedError(f"the stored codes cannot be used: {error}") from error
     return tiles
+
+
+def _pack_output(codes: Tensor, _shifts: Tensor | None, *weight: Any) -> Tensor:
+    return codes.new_empty(_engine.packed_bytes(*weight))
+
+
+LIBRARY.define("pack(Tensor codes, Tensor? shifts, int[] sizes, str grid, int max_shift, int subgroup) -> Tensor")
+LIBRARY.impl("pack", pack, "CPU")
+torch.library.register_fake("halfbyte::pack", _pack_output, lib=LIBRARY)
 
 
 def unpack(tiles: Tensor, codes: Tensor, shifts: Tensor | None) -> None:

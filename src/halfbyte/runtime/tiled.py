@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.errors import PackedError
 from halfbyte.runtime import cpu
 
 NEUTRAL = ("weight_codes", "weight_shift")
@@ -25,17 +24,17 @@ class Tiled:
     weight_tiles: Tensor | None  # uint8 (bytes,)
 
     def tiles(self) -> Tensor:
-        """The codes in the engine's order; re-orders them if they are not.
-
-        Under `torch.compile` they are already (`backends.engine_plan`), and are an input of the graph like any buffer.
-        """
+        """The codes in the engine's order; re-orders them if they are not."""
         if not torch.compiler.is_compiling():
             return to_tiles(self)
+        # Traced: the tiles are an input of the graph, like any buffer. A graph traced before there are any makes them, once; the
+        # next call finds them and is traced anew.
         buffers: dict[str, Any] = self._buffers
-        if buffers["weight_codes"] is not None:  # the graph remembers this question, and is traced anew when the answer changes
-            raise PackedError("another thread asked for the codes of a layer while its model was being compiled; compile it again")
-        tiles: Tensor = buffers["weight_tiles"]
-        return tiles
+        if buffers["weight_codes"] is None:
+            return buffers["weight_tiles"]  # type: ignore[no-any-return]
+        tiles = torch.ops.halfbyte.pack(buffers["weight_codes"], buffers["weight_shift"], *cpu.weight_arguments(self))
+        buffers["weight_tiles"], buffers["weight_codes"], buffers["weight_shift"] = tiles, None, None
+        return tiles  # type: ignore[no-any-return]
 
     def to_neutral(self) -> None:
         """Codes and shifts back in the order of the checkpoint; the tiles are dropped."""
@@ -45,9 +44,7 @@ class Tiled:
         with _CHANGING, torch.inference_mode(False), torch.no_grad():
             if (tiles := buffers["weight_tiles"]) is None:  # another thread was faster
                 return
-            for name, found in zip(NEUTRAL, cpu.from_tiles(self, tiles), strict=True):
-                if buffers[name] is None:  # else it was assigned since, and is newer
-                    buffers[name] = found
+            buffers["weight_codes"], buffers["weight_shift"] = cpu.from_tiles(self, tiles)
             buffers["weight_tiles"] = None
 
     def __getattr__(self, name: str) -> Any:
@@ -56,6 +53,11 @@ class Tiled:
         with _CHANGING:
             self.to_neutral()
             return super().__getattr__(name)  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in NEUTRAL:
+            self.to_neutral()  # a new tensor beside the old other one
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.to_neutral()
@@ -75,11 +77,10 @@ def to_tiles(layer: Any) -> Tensor:
     """The layer's tiles; made from its neutral codes, which are dropped, if it holds those."""
     buffers = layer._buffers
     tiles: Tensor | None = buffers["weight_tiles"]
-    if tiles is not None and buffers["weight_codes"] is None and buffers["weight_shift"] is None:
+    if tiles is not None:
         return tiles
     with _CHANGING, torch.inference_mode(False), torch.no_grad():
-        layer.to_neutral()  # fills in what was not assigned since
-        if (tiles := buffers["weight_tiles"]) is None:
+        if (tiles := buffers["weight_tiles"]) is None:  # else another thread was faster
             tiles = buffers["weight_tiles"] = cpu.make_tiles(layer)
             for name in NEUTRAL:
                 buffers[name] = None
