@@ -13,6 +13,8 @@ const Kernels* amx_kernels();
 
 const Kernels& kernels_of(Isa isa);  // throws where it is not available
 
+void drive_product(const Run& run, const Kernels& kernels, const Problem& problem, const Output& output);
+
 // Multiply-adds of one round of back-to-back dot products, for `integer_limit`; each runs `rounds` of them.
 double avx2_rounds(int64_t rounds);
 double avx_vnni_rounds(int64_t rounds);

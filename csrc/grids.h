@@ -21,17 +21,17 @@ struct GridTable {
 
 extern const GridTable grid_tables[10];
 
-inline const GridTable& table_of(Grid grid) { return grid_tables[static_cast<int>(grid)]; }
+static inline const GridTable& table_of(Grid grid) { return grid_tables[static_cast<int>(grid)]; }
 
 // Number of bits of a non-negative integer: 0 for 0.
-inline int bit_length(int value) { return value ? 32 - __builtin_clz(static_cast<unsigned>(value)) : 0; }
+static inline int bit_length(int value) { return value ? 32 - __builtin_clz(static_cast<unsigned>(value)) : 0; }
 
 // The level nearest to a finite value in units of the scale.
 int round_to_grid(float units, const GridTable& grid);
 
 // Weight integer of a code.
-inline int decode_code(int code, const GridTable& grid) { return grid.bits == 8 ? static_cast<int8_t>(code) : grid.levels[code]; }
+static inline int decode_code(int code, const GridTable& grid) { return grid.bits == 8 ? static_cast<int8_t>(code) : grid.levels[code]; }
 
-inline int nibble(const uint8_t* bytes, int64_t index) { return bytes[index / 2] >> (index % 2 * 4) & 15; }
+static inline int nibble(const uint8_t* bytes, int64_t index) { return bytes[index / 2] >> (index % 2 * 4) & 15; }
 
 }  // namespace halfbyte

@@ -36,19 +36,36 @@ struct Walk {
   int64_t chunks;          // of a segment, as stored
 };
 
+// The tile of sums of `count` rows becomes outputs; zeros and scales are those of the rows' images.
+struct Rows {
+  int count;
+  const int32_t* zeros;
+  const float* scales;
+  char* out;           // of the first row's first column
+  int64_t out_stride;  // bytes
+  Dtype dtype;
+};
+
+// Packed nibbles of neighbouring blocks, from their first chunk.
+struct Nibbles {
+  const uint8_t* codes;
+  const uint8_t* shifts;  // null without shifts
+  int64_t chunks;         // of a block: the next block's codes are chunks * panel_chunk / 2 further
+  const GridTable* grid;
+};
+
 struct Kernels {
-  int rows, blocks;        // of a tile: input rows, blocks of 16 output channels
-  int row_stride;          // of the sums that `tile` writes, in int32
+  int rows, blocks;  // of a tile: input rows, blocks of 16 output channels. A tile's sums are (rows, 16 * blocks) int32
+  int thin_rows;     // `thin` takes at most this many; 0: there is none
   void (*range)(const void* values, Dtype dtype, int64_t count, Range* range);
   void (*encode)(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
-  // Weights of `count` chunks of a tiled block from packed bytes to a panel of this instruction set. shifts may be null.
-  void (*decode)(const uint8_t* codes, const uint8_t* shifts, const GridTable& grid, int64_t count, uint8_t* panel);
-  // sums[row * row_stride + n] = sum over the walk; `count` rows of at most `rows`, `blocks` panels `panel_stride` bytes apart.
+  // One tiled block to a panel of this instruction set, `panel_bytes` of the header long.
+  void (*decode)(const Nibbles& from, uint8_t* panel);
+  // Sums over the walk for `count` rows and `blocks` panels, which lie panel_stride bytes apart.
   void (*tile)(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks, int32_t* sums);
-  // The same straight from packed nibbles, for few rows; null where there is none.
-  void (*thin)(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* codes, int64_t code_stride, const uint8_t* shifts,
-               int64_t shift_stride, const GridTable& grid, int blocks, int32_t* sums);
-  void (*finish)(const int32_t* sums, const Epilogue& epilogue, int32_t zero, float scale, Dtype dtype, void* out);
+  // The same straight from nibbles.
+  void (*thin)(const uint8_t* const* row, int count, const Walk& walk, const Nibbles& from, int blocks, int32_t* sums);
+  void (*finish)(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);
 };
 
 }  // namespace halfbyte

@@ -23,7 +23,7 @@ constexpr int quads = chunk / 4;                    // of a chunk
 constexpr int panel_chunk = chunk * block_channels;  // bytes
 constexpr int shift_chunk = 2 * block_channels;     // bytes
 
-constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+static constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 struct PackedHeader {
   char magic[8];
@@ -62,12 +62,12 @@ QuantizedHeader plan_quantized(const Input& input, const Layer& layer);
 QuantizedHeader quantized_header(const uint8_t* quantized);
 
 // Offset of the padded pixel (y, x), from which a kernel window starts.
-inline int64_t pixel_offset(const QuantizedHeader& h, int64_t image, int64_t y, int64_t x) {
+static inline int64_t pixel_offset(const QuantizedHeader& h, int64_t image, int64_t y, int64_t x) {
   return h.values + image * h.image_pitch + y * h.row_pitch + x * h.pixel_pitch;
 }
 
 // Offset of segment s behind the start of its window. Grouped layers add their channels.
-inline int64_t segment_offset(const PackedHeader& p, const QuantizedHeader& q, int64_t segment) {
+static inline int64_t segment_offset(const PackedHeader& p, const QuantizedHeader& q, int64_t segment) {
   const int64_t taps = p.segments / p.layer.kernel_h;  // segments of a kernel row: 1, or one each tap
   return segment / taps * p.layer.dilation_h * q.row_pitch + segment % taps * p.layer.dilation_w * q.pixel_pitch;
 }

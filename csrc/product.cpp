@@ -43,8 +43,7 @@ void product(const Run& run, const uint8_t* quantized, const uint8_t* packed, co
   const Kernels& kernels = kernels_of(run.isa);
   if (!problem.rows || !problem.weights.layer.outputs) return;
   if (run.isa == Isa::scalar) return scalar_product(run, problem, output);
-  (void)kernels;
-  throw std::invalid_argument("not yet");
+  drive_product(run, kernels, problem, output);
 }
 
 void forward(const Run& run, const Input& input, const InputFormat& format, const uint8_t* packed, const float* weight_scale,

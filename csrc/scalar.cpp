@@ -67,23 +67,22 @@ void scalar_encode(const void* values, Dtype dtype, int64_t count, const Encodin
   }
 }
 
-void scalar_finish(const int32_t* sums, const Epilogue& e, int32_t zero, float scale, Dtype dtype, void* out) {
-  for (int n = 0; n < e.columns; n++) {
-    const uint32_t corrected = static_cast<uint32_t>(sums[n]) - static_cast<uint32_t>(zero) * static_cast<uint32_t>(e.colsum[n]);
-    const float total = static_cast<float>(static_cast<int32_t>(corrected));
-    const float y = total * (scale * e.weight_scale[n]);
-    store(out, dtype, n, e.bias ? y + e.bias[n] : y);
-  }
+void scalar_finish(const int32_t* sums, int sum_stride, const Epilogue& e, const Rows& rows) {
+  for (int r = 0; r < rows.count; r++)
+    for (int n = 0; n < e.columns; n++) {
+      const uint32_t correction = static_cast<uint32_t>(rows.zeros[r]) * static_cast<uint32_t>(e.colsum[n]);
+      const float total = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sums[r * sum_stride + n]) - correction));
+      const float y = total * (rows.scales[r] * e.weight_scale[n]);
+      store(rows.out + r * rows.out_stride, rows.dtype, n, e.bias ? y + e.bias[n] : y);
+    }
 }
 
 void scalar_product(const Run& run, const Problem& p, const Output& output) {
-  const PackedHeader& w = p.weights;
-  const QuantizedHeader& q = p.inputs;
   struct Context {
     const Problem& p;
     const Output& output;
   } context{p, output};
-  run.parallel(static_cast<int>(w.blocks()), run.threads, [](void* raw, int block) {
+  run.parallel(static_cast<int>(p.weights.blocks()), run.threads, [](void* raw, int block) {
     const auto& [p, output] = *static_cast<Context*>(raw);
     const PackedHeader& w = p.weights;
     const QuantizedHeader& q = p.inputs;
@@ -106,10 +105,10 @@ void scalar_product(const Run& run, const Problem& p, const Output& output) {
       }
       const int64_t image = row / (p.out_height * p.out_width);
       char* out = static_cast<char*>(output.data) + (row * output.pixel_stride + first) * size_of(output.dtype);
-      scalar_finish(reinterpret_cast<int32_t*>(sums), epilogue, p.zeros[image], p.scales[image], output.dtype, out);
+      const Rows one{1, p.zeros + image, p.scales + image, out, 0, output.dtype};
+      scalar_finish(reinterpret_cast<int32_t*>(sums), 0, epilogue, one);
     }
   }, &context);
-  (void)q;
 }
 
 }  // namespace halfbyte

@@ -1,0 +1,193 @@
+// AVX-512: inputs to bytes.
+#include "avx512_input.h"
+
+#if defined(__AVX512VNNI__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "floats.h"
+#include "internal.h"
+#include "shifted.h"
+
+namespace halfbyte {
+namespace {
+
+static inline __mmask16 first(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
+
+template <Dtype D>
+static inline __m512 load16(const void* values, int64_t index, __mmask16 valid) {
+  const char* from = static_cast<const char*>(values) + index * size_of(D);
+  if (D == Dtype::float32) return _mm512_maskz_loadu_ps(valid, from);
+  const __m256i half = _mm256_maskz_loadu_epi16(valid, from);
+  if (D == Dtype::float16) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+template <Dtype D>
+void range(const void* values, int64_t count, Range* range) {
+  __m512 low = _mm512_setzero_ps(), high = low;
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 x = load16<D>(values, i, first(count - i));
+    low = _mm512_min_ps(x, low), high = _mm512_max_ps(x, high);  // a NaN yields the second operand
+    most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
+  }
+  range->low = std::min(range->low, _mm512_reduce_min_ps(low));
+  range->high = std::max(range->high, _mm512_reduce_max_ps(high));
+  range->absmax = std::max(range->absmax, static_cast<uint32_t>(_mm512_reduce_max_epu32(most)));
+}
+
+// ---- first rounding: floats to bytes ----------------------------------------------------------------------------------------
+
+// Magnitudes of a minifloat table that holds every integer below 2**bits: round to that many digits, but no finer than 1.
+static inline __m512 round_minifloat(__m512 m, int bits) {
+  const __m512 power = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(m), _mm512_set1_epi32(0x7f800000)));
+  const __m512 step = _mm512_max_ps(_mm512_mul_ps(power, _mm512_set1_ps(std::ldexp(1.0f, 1 - bits))), _mm512_set1_ps(1.0f));
+  const __m512 magic = _mm512_mul_ps(step, _mm512_set1_ps(0x1.8p23f));  // adding it leaves no digits below step
+  return _mm512_sub_ps(_mm512_add_ps(m, magic), magic);
+}
+
+// Powers of two (no digit to be even): the midpoint below an even index belongs to it, the one below an odd index to the one beneath.
+static inline __m512 round_powers(__m512 m, const GridTable& grid) {
+  __m512 level = _mm512_setzero_ps();
+  for (int i = 1; i < grid.count; i++) {
+    const __m512 middle = _mm512_set1_ps(0.5f * static_cast<float>(grid.magnitudes[i - 1] + grid.magnitudes[i]));
+    const __mmask16 above = i % 2 ? _mm512_cmp_ps_mask(m, middle, _CMP_GT_OQ) : _mm512_cmp_ps_mask(m, middle, _CMP_GE_OQ);
+    level = _mm512_mask_mov_ps(level, above, _mm512_set1_ps(grid.magnitudes[i]));
+  }
+  return level;
+}
+
+struct FirstRounding {
+  __m512 reciprocal, zero, low, high;
+  __m512i offset;
+  const GridTable& grid;
+  bool minifloat, is_signed;
+  int bits;
+
+  explicit FirstRounding(const Encoding& e) : grid(*e.grid), minifloat(!e.grid->contiguous && !e.format->max_shift), is_signed(e.grid->is_signed) {
+    const int top = e.format->max_shift ? e.format->top : grid.top, bottom = e.format->max_shift ? (is_signed ? -top : 0) : grid.bottom;
+    reciprocal = _mm512_set1_ps(e.reciprocal), zero = _mm512_set1_ps(is_signed ? 0.0f : e.zero);
+    low = _mm512_set1_ps(static_cast<float>(bottom)), high = _mm512_set1_ps(static_cast<float>(top));
+    offset = _mm512_set1_epi32(e.format->max_shift ? 0 : e.offset);
+    bits = whole_bits(grid);
+  }
+
+  __m128i operator()(__m512 x) const {
+    __m512 units = _mm512_mul_ps(x, reciprocal);
+    const __mmask16 finite = static_cast<__mmask16>(~_mm512_fpclass_ps_mask(units, 0x99));
+    units = _mm512_add_ps(_mm512_maskz_mov_ps(finite, units), zero);
+    units = _mm512_min_ps(_mm512_max_ps(units, low), high);
+    if (minifloat) {
+      const __m512 m = _mm512_abs_ps(units), sign = _mm512_andnot_ps(_mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff)), units);
+      units = _mm512_or_ps(bits > 1 ? round_minifloat(m, bits) : round_powers(m, grid), sign);
+    }
+    return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(units), offset));
+  }
+};
+
+template <Dtype D>
+void first_rounding(const void* values, int64_t start, int64_t count, const FirstRounding& round, uint8_t* out) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), round(load16<D>(values, start + i, 0xffff)));
+  if (i < count) _mm_mask_storeu_epi8(out + i, first(count - i), round(load16<D>(values, start + i, first(count - i))));
+}
+
+// ---- second rounding --------------------------------------------------------------------------------------------------------
+
+struct Bytes {
+  __m512i v;
+
+  static Bytes repeat(const uint8_t* sixteen) { return {_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(sixteen)))}; }
+  static Bytes all(uint8_t value) { return {_mm512_set1_epi8(static_cast<char>(value))}; }
+  Bytes abs() const { return {_mm512_abs_epi8(v)}; }
+  Bytes look_up(Bytes index) const { return {_mm512_shuffle_epi8(v, index.v)}; }
+  Bytes plus(Bytes o) const { return {_mm512_adds_epu8(v, o.v)}; }
+  Bytes minus(Bytes o) const { return {_mm512_subs_epu8(v, o.v)}; }
+  Bytes both(Bytes o) const { return {_mm512_and_si512(v, o.v)}; }
+  Bytes least(Bytes o) const { return {_mm512_min_epu8(v, o.v)}; }
+  Bytes most(Bytes o) const { return {_mm512_max_epu8(v, o.v)}; }
+  bool any() const { return _mm512_test_epi8_mask(v, v) != 0; }
+  Bytes with_sign(Bytes x) const { return {_mm512_mask_sub_epi8(v, _mm512_movepi8_mask(x.v), _mm512_setzero_si512(), v)}; }
+  template <int N>
+  Bytes shift_right() const {
+    return {_mm512_and_si512(_mm512_srli_epi16(v, N), _mm512_set1_epi8(static_cast<char>(0xff >> N)))};
+  }
+  template <int Size>
+  Bytes group_max() const {
+    const __m512i swapped = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+    __m512i m = _mm512_max_epu8(v, _mm512_shuffle_epi8(v, swapped));
+    m = _mm512_max_epu8(m, _mm512_rol_epi32(m, 16));
+    m = _mm512_max_epu8(m, _mm512_shuffle_epi32(m, _MM_PERM_CDAB));
+    if (Size >= 16) m = _mm512_max_epu8(m, _mm512_shuffle_epi32(m, _MM_PERM_BADC));
+    if (Size >= 32) m = _mm512_max_epu8(m, _mm512_shuffle_i64x2(m, m, 0xb1));
+    if (Size >= 64) m = _mm512_max_epu8(m, _mm512_shuffle_i64x2(m, m, 0x4e));
+    return {m};
+  }
+  // Where a subgroup's squared error against `exact` is less for `higher` than for `lower`, the one, else the other.
+  template <int Size>
+  static Bytes better(Bytes lower, Bytes higher, Bytes exact) {
+    __m512i gain = _mm512_sub_epi32(squares(lower, exact), squares(higher, exact));
+    gain = _mm512_add_epi32(gain, _mm512_shuffle_epi32(gain, _MM_PERM_CDAB));
+    if (Size >= 16) gain = _mm512_add_epi32(gain, _mm512_shuffle_epi32(gain, _MM_PERM_BADC));
+    if (Size >= 32) gain = _mm512_add_epi32(gain, _mm512_shuffle_i64x2(gain, gain, 0xb1));
+    if (Size >= 64) gain = _mm512_add_epi32(gain, _mm512_shuffle_i64x2(gain, gain, 0x4e));
+    return {_mm512_mask_mov_epi32(lower.v, _mm512_cmpgt_epi32_mask(gain, _mm512_setzero_si512()), higher.v)};
+  }
+  static __m512i squares(Bytes a, Bytes b) {  // sums of 4
+    const __m512i d = _mm512_or_si512(_mm512_subs_epu8(a.v, b.v), _mm512_subs_epu8(b.v, a.v));  // below 128, see the callers' tables
+    return _mm512_madd_epi16(_mm512_maddubs_epi16(d, d), _mm512_set1_epi16(1));
+  }
+};
+
+template <int Size>
+void second_rounding(const ShiftRounder<Bytes>& rounder, int offset, int64_t count, const uint8_t* in, uint8_t* out) {
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(offset));  // adding 128 to a byte is flipping its top bit
+  for (int64_t i = 0; i < count; i += 64) {
+    const __m512i u = _mm512_xor_si512(rounder.round<Size>({_mm512_loadu_si512(in + i)}).v, flip);
+    _mm512_mask_storeu_epi8(out + i, count - i >= 64 ? ~0ull : (1ull << (count - i)) - 1, u);
+  }
+}
+
+constexpr int piece = 1024;  // values rounded twice while in L1
+
+template <Dtype D>
+void encode(const void* values, int64_t count, const Encoding& e, uint8_t* out) {
+  const FirstRounding round(e);
+  if (!e.format->max_shift) return first_rounding<D>(values, 0, count, round, out);
+  const ShiftTables tables(*e.format, *e.grid);
+  const ShiftRounder<Bytes> rounder(tables);
+  const int size = e.format->subgroup;
+  const auto again = size == 8 ? second_rounding<8> : size == 16 ? second_rounding<16> : size == 32 ? second_rounding<32> : second_rounding<64>;
+  alignas(64) uint8_t bytes[piece];
+  for (int64_t start = 0; start < count; start += piece) {
+    const int64_t some = std::min<int64_t>(piece, count - start);
+    if (some % 64) _mm512_store_si512(bytes + some / 64 * 64, _mm512_setzero_si512());
+    first_rounding<D>(values, start, some, round, bytes);
+    again(rounder, e.offset, some, bytes, out + start);
+  }
+}
+
+}  // namespace
+
+void avx512_range(const void* values, Dtype dtype, int64_t count, Range* found) {
+  if (dtype == Dtype::float32) return range<Dtype::float32>(values, count, found);
+  if (dtype == Dtype::bfloat16) return range<Dtype::bfloat16>(values, count, found);
+  range<Dtype::float16>(values, count, found);
+}
+
+void avx512_encode(const void* values, Dtype dtype, int64_t count, const Encoding& e, uint8_t* out) {
+  const int size = e.format->subgroup;
+  const bool uncommon = e.format->max_shift && size != 8 && size != 16 && size != 32 && size != 64;
+  if (uncommon || std::isnan(e.reciprocal)) return scalar_encode(values, dtype, count, e, out);
+  if (dtype == Dtype::float32) return encode<Dtype::float32>(values, count, e, out);
+  if (dtype == Dtype::bfloat16) return encode<Dtype::bfloat16>(values, count, e, out);
+  encode<Dtype::float16>(values, count, e, out);
+}
+
+}  // namespace halfbyte
+
+#endif

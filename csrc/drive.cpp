@@ -1,0 +1,137 @@
+// The driver of the fast products: which thread multiplies what, and in which order, so that weights are decoded once into a panel that
+// stays in the L2 cache and a tile of input rows stays in L1 while all blocks of the panel pass by.
+#include <algorithm>
+#include <vector>
+
+#include "dispatch.h"
+#include "floats.h"
+
+namespace halfbyte {
+namespace {
+
+constexpr int64_t panel_budget = 512 * 1024;  // bytes of L2 for a decoded panel
+constexpr int most_rows = 32, most_blocks = 4;
+
+struct Drive {
+  const Problem& p;
+  const Kernels& kernels;
+  const Output& output;
+  std::vector<int64_t> offsets;  // of segments
+  bool thin = false;             // few rows: no panels
+  int64_t panel_blocks = 1, group_panels = 1, panels = 1;  // blocks of a task; tasks of a group, of all groups
+  int64_t row_step = 0, row_parts = 1;                    // rows of a task
+};
+
+// Walks over output pixels without dividing.
+struct Cursor {
+  const Problem& p;
+  int64_t image, y, x;
+
+  Cursor(const Problem& problem, int64_t row) : p(problem), image(row / p.out_width / p.out_height), y(row / p.out_width % p.out_height), x(row % p.out_width) {}
+  int64_t offset() const { return pixel_offset(p.inputs, image, y * p.weights.layer.stride_h, x * p.weights.layer.stride_w); }
+  void advance() {
+    if (++x < p.out_width) return;
+    x = 0;
+    if (++y < p.out_height) return;
+    y = 0, image++;
+  }
+};
+
+// The rows of one tile: where they start, and what undoes their quantization.
+struct TileRows {
+  const uint8_t* row[most_rows];
+  int32_t zeros[most_rows];
+  float scales[most_rows];
+
+  void take(Cursor& cursor, int count, int64_t channel) {
+    for (int r = 0; r < count; r++, cursor.advance()) {
+      row[r] = cursor.p.quantized + cursor.offset() + channel;
+      zeros[r] = cursor.p.zeros[cursor.image], scales[r] = cursor.p.scales[cursor.image];
+    }
+  }
+};
+
+Nibbles nibbles_of(const Problem& p, int64_t block) {
+  const PackedHeader& w = p.weights;
+  const uint8_t* shifts = w.format.max_shift ? p.packed + w.shifts + block * w.chunks * shift_chunk : nullptr;
+  return {p.packed + w.codes + block * w.chunks * (panel_chunk / 2), shifts, w.chunks, &table_of(w.format.grid)};
+}
+
+// Panels of a task's blocks: decoded, or for int8 the packed bytes themselves.
+const uint8_t* panels_of(const Drive& d, int64_t block, int64_t count) {
+  const PackedHeader& w = d.p.weights;
+  const bool bytes = table_of(w.format.grid).bits == 8;
+  if (w.tiled && bytes) return d.p.packed + w.codes + block * w.panel_bytes();
+  uint8_t* panel = scratch(Slot::panel, static_cast<size_t>(d.panel_blocks * w.panel_bytes()));
+  for (int64_t b = 0; b < count; b++) {
+    uint8_t* to = panel + b * w.panel_bytes();
+    if (w.tiled) {
+      d.kernels.decode(nibbles_of(d.p, block + b), to);
+    } else {
+      decode_block(d.p.packed, w, block + b, reinterpret_cast<int8_t*>(to));
+    }
+  }
+  return panel;
+}
+
+void run_task(void* raw, int task) {
+  const Drive& d = *static_cast<Drive*>(raw);
+  const Problem& p = d.p;
+  const PackedHeader& w = p.weights;
+  const int64_t panel = task % d.panels, part = task / d.panels;
+  const int64_t group = panel / d.group_panels, in_group = panel % d.group_panels * d.panel_blocks;
+  const int64_t first_block = group * w.group_blocks + in_group, blocks = std::min(d.panel_blocks, w.group_blocks - in_group);
+  const int64_t row_from = part * d.row_step, row_to = std::min(row_from + d.row_step, p.rows);
+  const int64_t channel = group * (w.layer.inputs / w.layer.groups);
+  const Walk walk{d.offsets.data(), w.segments, (w.length + 3) / 4, w.segment_chunks()};
+  const uint8_t* weights = d.thin ? nullptr : panels_of(d, first_block, blocks);
+  const auto* sums_of_columns = reinterpret_cast<const int32_t*>(p.packed + w.sums);
+  alignas(64) int32_t sums[most_rows * most_blocks * block_channels];
+  const int sum_stride = d.kernels.blocks * block_channels;
+  Cursor cursor(p, row_from);
+  for (int64_t row = row_from; row < row_to; row += d.kernels.rows) {
+    const int count = static_cast<int>(std::min<int64_t>(d.kernels.rows, row_to - row));
+    TileRows rows;
+    rows.take(cursor, count, channel);
+    for (int64_t b = 0; b < blocks; b += d.kernels.blocks) {
+      const int some = static_cast<int>(std::min<int64_t>(d.kernels.blocks, blocks - b));
+      if (d.thin) {
+        d.kernels.thin(rows.row, count, walk, nibbles_of(p, first_block + b), some, sums);
+      } else {
+        d.kernels.tile(rows.row, count, walk, weights + b * w.panel_bytes(), w.panel_bytes(), some, sums);
+      }
+      const int64_t inside = (in_group + b) * block_channels, out = group * w.group_outputs + inside;
+      const int columns = static_cast<int>(std::min<int64_t>(some * block_channels, w.group_outputs - inside));
+      const Epilogue epilogue{sums_of_columns + (first_block + b) * block_channels, p.weight_scale + out, p.bias ? p.bias + out : nullptr, columns};
+      char* to = static_cast<char*>(d.output.data) + (row * d.output.pixel_stride + out) * size_of(d.output.dtype);
+      d.kernels.finish(sums, sum_stride, epilogue, {count, rows.zeros, rows.scales, to, d.output.pixel_stride * size_of(d.output.dtype), d.output.dtype});
+    }
+  }
+}
+
+// Cuts the work into tasks: panels as large as L2 allows, but enough tasks for the threads to share evenly.
+void plan(Drive& d, int threads) {
+  const PackedHeader& w = d.p.weights;
+  const int64_t tile_blocks = d.kernels.blocks, wanted = threads == 1 ? 1 : 4 * threads;
+  d.thin = w.tiled && table_of(w.format.grid).bits == 4 && d.p.rows <= d.kernels.thin_rows;
+  const int64_t fitting = std::max(tile_blocks, panel_budget / w.panel_bytes() / tile_blocks * tile_blocks);
+  const int64_t sharing = round_up(std::max<int64_t>(1, w.blocks() / wanted), tile_blocks);
+  d.panel_blocks = std::min({fitting, sharing, round_up(w.group_blocks, tile_blocks)});
+  d.group_panels = (w.group_blocks + d.panel_blocks - 1) / d.panel_blocks;
+  d.panels = d.group_panels * w.layer.groups;
+  const int64_t tiles = (d.p.rows + d.kernels.rows - 1) / d.kernels.rows;
+  const int64_t parts = std::clamp<int64_t>(wanted / d.panels, 1, std::max<int64_t>(1, tiles / 8));  // fewer rows would not repay decoding
+  d.row_step = (tiles + parts - 1) / parts * d.kernels.rows;
+  d.row_parts = (d.p.rows + d.row_step - 1) / d.row_step;
+}
+
+}  // namespace
+
+void drive_product(const Run& run, const Kernels& kernels, const Problem& problem, const Output& output) {
+  Drive drive{problem, kernels, output, {}};
+  for (int64_t s = 0; s < problem.weights.segments; s++) drive.offsets.push_back(segment_offset(problem.weights, problem.inputs, s));
+  plan(drive, run.threads);
+  run.parallel(static_cast<int>(drive.panels * drive.row_parts), run.threads, run_task, &drive);
+}
+
+}  // namespace halfbyte
