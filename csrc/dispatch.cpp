@@ -91,7 +91,7 @@ double run_rounds(Isa isa, int64_t rounds) {
 
 }  // namespace
 
-const Kernels scalar_kernels = {1, 1, 0, scalar_range, scalar_encode, nullptr, nullptr, nullptr, scalar_finish};
+const Kernels scalar_kernels = {1, 1, 0, panel_chunk, scalar_range, scalar_encode, nullptr, nullptr, nullptr, scalar_finish, nullptr};
 
 const char* isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
 

@@ -57,15 +57,17 @@ Nibbles nibbles_of(const Problem& p, int64_t block) {
   return {p.packed + w.codes + block * w.chunks * (panel_chunk / 2), shifts, w.chunks, &table_of(w.format.grid)};
 }
 
+int64_t panel_bytes(const Drive& d) { return d.p.weights.chunks * d.kernels.chunk_bytes; }
+
 // Panels of a task's blocks: decoded, or for int8 the packed bytes themselves.
 const uint8_t* panels_of(const Drive& d, int64_t block, int64_t count) {
   const PackedHeader& w = d.p.weights;
   const bool bytes = table_of(w.format.grid).bits == 8;
   if (w.tiled && bytes) return d.p.packed + w.codes + block * w.panel_bytes();
-  uint8_t* panel = scratch(Slot::panel, static_cast<size_t>(d.panel_blocks * w.panel_bytes()));
+  uint8_t* panel = scratch(Slot::panel, static_cast<size_t>(d.panel_blocks * panel_bytes(d)));
   for (int64_t b = 0; b < count; b++) {
-    uint8_t* to = panel + b * w.panel_bytes();
-    if (w.tiled) {
+    uint8_t* to = panel + b * panel_bytes(d);
+    if (w.tiled) {  // nibbles
       d.kernels.decode(nibbles_of(d.p, block + b), to);
     } else {
       decode_block(d.p.packed, w, block + b, reinterpret_cast<int8_t*>(to));
@@ -98,7 +100,7 @@ void run_task(void* raw, int task) {
       if (d.thin) {
         d.kernels.thin(rows.row, count, walk, nibbles_of(p, first_block + b), some, sums);
       } else {
-        d.kernels.tile(rows.row, count, walk, weights + b * w.panel_bytes(), w.panel_bytes(), some, sums);
+        d.kernels.tile(rows.row, count, walk, weights + b * panel_bytes(d), panel_bytes(d), some, sums);
       }
       const int64_t inside = (in_group + b) * block_channels, out = group * w.group_outputs + inside;
       const int columns = static_cast<int>(std::min<int64_t>(some * block_channels, w.group_outputs - inside));
@@ -114,7 +116,7 @@ void plan(Drive& d, int threads) {
   const PackedHeader& w = d.p.weights;
   const int64_t tile_blocks = d.kernels.blocks, wanted = threads == 1 ? 1 : 4 * threads;
   d.thin = w.tiled && table_of(w.format.grid).bits == 4 && d.p.rows <= d.kernels.thin_rows;
-  const int64_t fitting = std::max(tile_blocks, panel_budget / w.panel_bytes() / tile_blocks * tile_blocks);
+  const int64_t fitting = std::max(tile_blocks, panel_budget / panel_bytes(d) / tile_blocks * tile_blocks);
   const int64_t sharing = round_up(std::max<int64_t>(1, w.blocks() / wanted), tile_blocks);
   d.panel_blocks = std::min({fitting, sharing, round_up(w.group_blocks, tile_blocks)});
   d.group_panels = (w.group_blocks + d.panel_blocks - 1) / d.panel_blocks;
@@ -128,7 +130,9 @@ void plan(Drive& d, int threads) {
 }  // namespace
 
 void drive_product(const Run& run, const Kernels& kernels, const Problem& problem, const Output& output) {
-  Drive drive{problem, kernels, output, {}};
+  const GridTable& grid = table_of(problem.weights.format.grid);
+  const bool narrow = kernels.narrow && problem.weights.tiled && grid.bits == 4 && std::max(grid.top, -grid.bottom) <= narrow_level;
+  Drive drive{problem, narrow ? *kernels.narrow : kernels, output, {}};
   for (int64_t s = 0; s < problem.weights.segments; s++) drive.offsets.push_back(segment_offset(problem.weights, problem.inputs, s));
   plan(drive, run.threads);
   run.parallel(static_cast<int>(drive.panels * drive.row_parts), run.threads, run_task, &drive);

@@ -57,15 +57,19 @@ struct Nibbles {
 struct Kernels {
   int rows, blocks;  // of a tile: input rows, blocks of 16 output channels. A tile's sums are (rows, 16 * blocks) int32
   int thin_rows;     // `thin` takes at most this many; 0: there is none
+  int chunk_bytes;   // of a panel, for each chunk
   void (*range)(const void* values, Dtype dtype, int64_t count, Range* range);
   void (*encode)(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
-  // One tiled block to a panel of this instruction set, `panel_bytes` of the header long.
+  // One tiled block of nibbles to a panel.
   void (*decode)(const Nibbles& from, uint8_t* panel);
   // Sums over the walk for `count` rows and `blocks` panels, which lie panel_stride bytes apart.
   void (*tile)(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks, int32_t* sums);
   // The same straight from nibbles.
   void (*thin)(const uint8_t* const* row, int count, const Walk& walk, const Nibbles& from, int blocks, int32_t* sums);
   void (*finish)(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);
+  const Kernels* narrow;  // others for tiled nibbles with levels of at most `narrow_level`, or null
 };
+
+constexpr int narrow_level = 16;
 
 }  // namespace halfbyte

@@ -48,7 +48,7 @@ struct ShiftTables {
   }
 };
 
-// V wraps a vector register; see avx2_input.cpp and avx512_input.cpp for what it offers.
+// V wraps a vector register; see avx2_float.cpp and avx512_float.cpp for what it offers.
 template <typename V>
 class ShiftRounder {
  public:

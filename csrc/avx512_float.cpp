@@ -1,5 +1,5 @@
-// AVX-512: inputs to bytes.
-#include "avx512_input.h"
+// AVX-512: inputs to bytes, and sums to outputs.
+#include "avx512_float.h"
 
 #if defined(__AVX512VNNI__)
 
@@ -171,7 +171,40 @@ void encode(const void* values, int64_t count, const Encoding& e, uint8_t* out) 
   }
 }
 
+// ---- sums to outputs --------------------------------------------------------------------------------------------------------
+
+static inline void store16(char* out, Dtype dtype, __mmask16 valid, __m512 y) {
+  if (dtype == Dtype::float32) return _mm512_mask_storeu_ps(out, valid, y);
+  __m256i half;
+  if (dtype == Dtype::float16) {
+    half = _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT);
+  } else {
+    const __m512i bits = _mm512_castps_si512(y), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+    const __m512i either = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(either, 16));
+  }
+  _mm256_mask_storeu_epi16(out, valid, half);
+}
+
 }  // namespace
+
+void avx512_finish(const int32_t* sums, int sum_stride, const Epilogue& e, const Rows& rows) {
+  for (int n = 0; n < e.columns; n += 16) {
+    const __mmask16 valid = static_cast<__mmask16>(e.columns - n >= 16 ? 0xffff : (1 << (e.columns - n)) - 1);
+    const __m512i colsum = _mm512_loadu_si512(e.colsum + n);
+    const __m512 weight_scale = _mm512_maskz_loadu_ps(valid, e.weight_scale + n);
+    const __m512 bias = e.bias ? _mm512_maskz_loadu_ps(valid, e.bias + n) : _mm512_setzero_ps();
+    for (int r = 0; r < rows.count; r++) {
+      const __m512i correction = _mm512_mullo_epi32(_mm512_set1_epi32(rows.zeros[r]), colsum);
+      const __m512 total = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums + r * sum_stride + n), correction));
+      __m512 y = _mm512_mul_ps(total, _mm512_mul_ps(_mm512_set1_ps(rows.scales[r]), weight_scale));
+      if (e.bias) y = _mm512_add_ps(y, bias);
+      store16(rows.out + r * rows.out_stride + n * size_of(rows.dtype), rows.dtype, valid, y);
+    }
+  }
+}
 
 void avx512_range(const void* values, Dtype dtype, int64_t count, Range* found) {
   if (dtype == Dtype::float32) return range<Dtype::float32>(values, count, found);
