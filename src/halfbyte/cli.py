@@ -191,12 +191,15 @@ def info(model: Annotated[Path | None, typer.Argument(help="Folder of a quantize
             typer.echo(f"{key:10} {value}")
         return
     from halfbyte.api import describe
+    from halfbyte.runtime.cpu import hindrance_of
 
     recipe, layers = describe(model)
     typer.echo(f"recipe {recipe.name}: {len(layers)} packed layers")
     width = max((len(name) for name in layers), default=0)
     for name, spec in layers.items():
-        typer.echo(f"  {name.ljust(width)}  {spec.describe()}")
+        hindrance = hindrance_of(spec)
+        note = f"  (reference backend: {hindrance})" if hindrance else ""
+        typer.echo(f"  {name.ljust(width)}  {spec.describe()}{note}")
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from halfbyte.methods.smooth import scale_inputs, smooth_factors, weight_absmax
 from halfbyte.metrics import sqnr
 from halfbyte.quantizers import weight_scale
 from halfbyte.recipe import LayerSpec, Recipe
+from halfbyte.runtime.backends import backend
 from halfbyte.runtime.layers import Packed, pack_layer, packed_shapes
 from halfbyte.targets import TARGETS, Target
 
@@ -216,6 +217,17 @@ def pack(model: nn.Module) -> nn.Module:
             packed[id(layer)] = pack_layer(layer)
         setattr(model.get_submodule(parent), child, packed[id(layer)])
     return model
+
+
+def note_backends(result: Result) -> None:
+    """Say in the layer table which packed layers the C++ engine leaves to the reference backend, and why."""
+    if backend().name != "cpu":
+        return
+    packed = packed_layers(result.model)
+    for report in result.layers:
+        plan = getattr(packed.get(report.name), "plan", None)
+        if isinstance(plan, str):
+            report.reason += f"; runs in the reference backend: {plan}"
 
 
 def packed_layers(model: nn.Module) -> dict[str, Packed]:

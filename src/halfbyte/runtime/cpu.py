@@ -14,6 +14,8 @@ from halfbyte.packing import check_rows
 from halfbyte.recipe import ActivationSpec, LayerSpec
 from halfbyte.runtime import engine
 
+FLOAT_INPUT = "its input stays in float"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -25,6 +27,11 @@ class Plan:
     grow_mode: str
 
 
+def hindrance_of(spec: LayerSpec) -> str | None:
+    """Why the engine takes no layer of this spec; None where it does."""
+    return FLOAT_INPUT if spec.activation is None else None
+
+
 def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
     """How the engine runs a packed layer, or why it cannot and the reference backend does."""
     if engine.MISSING:
@@ -32,7 +39,7 @@ def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
     if isinstance(layer, TRANSPOSED):
         return "the C++ engine has no transposed convolutions"
     if spec.activation is None:
-        return "its input stays in float"
+        return FLOAT_INPUT
     if matrix_shape(layer)[1] > engine.longest_k():
         return f"its dot products are longer than {engine.longest_k()}"
     if isinstance(layer, nn.Linear):

@@ -170,9 +170,14 @@ def check() -> None:
         raise HalfbyteError(str(error)) from error
 
 
+def instruction_sets() -> list[str]:
+    """What HALFBYTE_ISA may say on this machine, the slowest first."""
+    return _engine.available_isas()
+
+
 def describe() -> str:
     """The instruction set and the threads in words."""
-    others = ", ".join(name for name in _engine.available_isas() if name != _engine.isa())
+    others = ", ".join(name for name in instruction_sets() if name != _engine.isa())
     return f"instructions {_engine.isa()} (also here: {others}); {torch.get_num_threads()} threads of {_engine.parallel_runtime()}"
 
 
