@@ -66,16 +66,18 @@ void narrow_tile(const uint8_t* const* row, const Walk& walk, const uint8_t* pan
   __m256i sum[R][2];
   for (auto& both : sum) both[0] = both[1] = _mm256_setzero_si256();
   for (int64_t segment = 0; segment < walk.segments; segment++) {
-    const int64_t offset = walk.offsets[segment];
+    const uint8_t* from[R];
+    for (int r = 0; r < R; r++) from[r] = row[r] + walk.offsets[segment];
     const uint8_t* weights = panel + segment * walk.chunks * 4 * narrow_sixteenth;
     for (int64_t k = 0; k < walk.quads * 4; k += 16, weights += narrow_sixteenth) {
       __m256i small[R][2];
       for (int q = 0; q < 4; q++) {
         const __m256i first = load(weights + q * 64), second = load(weights + q * 64 + 32);
         for (int r = 0; r < R; r++) {
-          const __m256i x = four_of_a_row(row[r] + offset + k + q * 4);
+          const __m256i x = four_of_a_row(from[r] + k + q * 4);
           const __m256i a = _mm256_maddubs_epi16(x, first), b = _mm256_maddubs_epi16(x, second);
           small[r][0] = q ? _mm256_add_epi16(small[r][0], a) : a, small[r][1] = q ? _mm256_add_epi16(small[r][1], b) : b;
+          __asm__("" : "+x"(small[r][0]), "+x"(small[r][1]));  // keeps the order: reordered, the sums outnumber the registers
         }
       }
       for (int r = 0; r < R; r++)
