@@ -144,8 +144,8 @@ void avx2_decode(const Nibbles& from, uint8_t* panel) {
 }
 
 const Kernels* avx2_kernels() {
-  static const Kernels narrow = {3, 1, 0, 4 * narrow_sixteenth, avx2_range, avx2_encode, decode_narrow, any_narrow, nullptr, avx2_finish, nullptr};
-  static const Kernels kernels = {3, 1, 0, panel_chunk, avx2_range, avx2_encode, avx2_decode, any_wide, nullptr, avx2_finish, &narrow};
+  static const Kernels narrow = {3, 1, 0, 4 * narrow_sixteenth, 256 * 1024, avx2_range, avx2_encode, decode_narrow, any_narrow, nullptr, avx2_finish};
+  static const Kernels kernels = {3, 1, 0, panel_chunk, 256 * 1024, avx2_range, avx2_encode, avx2_decode, any_wide, nullptr, avx2_finish, &narrow};
   return &kernels;
 }
 

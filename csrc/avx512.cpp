@@ -6,7 +6,7 @@
 
 #include <immintrin.h>
 
-#include "avx512_float.h"
+#include "avx512.h"
 
 namespace halfbyte {
 namespace {
@@ -147,7 +147,7 @@ void thin(const uint8_t* const* row, int count, const Walk& walk, const Nibbles&
 }  // namespace
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = {tile_rows, tile_blocks, tile_rows, panel_chunk, avx512_range, avx512_encode, decode, any_tile, thin, avx512_finish, nullptr};
+  static const Kernels kernels = {tile_rows, tile_blocks, tile_rows, panel_chunk, 512 * 1024, avx512_range, avx512_encode, decode, any_tile, thin, avx512_finish};
   return &kernels;
 }
 

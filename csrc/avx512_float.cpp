@@ -1,5 +1,5 @@
 // AVX-512: inputs to bytes, and sums to outputs.
-#include "avx512_float.h"
+#include "avx512.h"
 
 #if defined(__AVX512VNNI__)
 

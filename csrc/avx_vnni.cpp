@@ -45,7 +45,7 @@ void any_tile(const uint8_t* const* row, int count, const Walk& walk, const uint
 }  // namespace
 
 const Kernels* avx_vnni_kernels() {
-  static const Kernels kernels = {tile_rows, 1, 0, panel_chunk, avx2_range, avx2_encode, avx2_decode, any_tile, nullptr, avx2_finish, nullptr};
+  static const Kernels kernels = {tile_rows, 1, 0, panel_chunk, 512 * 1024, avx2_range, avx2_encode, avx2_decode, any_tile, nullptr, avx2_finish};
   return &kernels;
 }
 

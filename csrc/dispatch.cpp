@@ -22,11 +22,13 @@ struct Features {
   bool avx2 = false, avx_vnni = false, avx512 = false, amx = false;
 };
 
+#if !HALFBYTE_EMULATE_AMX
 // AMX state is 8 KB a thread; Linux hands it out on request, once for the process.
 bool request_amx() {
   constexpr long arch_req_xcomp_perm = 0x1023, xfeature_xtiledata = 18;
   return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0;
 }
+#endif
 
 Features detect() {
   unsigned a, b, c, d, b7 = 0, c7 = 0, d7 = 0, a71 = 0;
@@ -36,12 +38,17 @@ Features detect() {
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if (__get_cpuid_count(7, 0, &a, &b7, &c7, &d7) && a >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
-  const bool ymm = (low & 0x06) == 0x06, zmm = (low & 0xe6) == 0xe6, tiles = (low & 0x60000) == 0x60000;
+  const bool ymm = (low & 0x06) == 0x06, zmm = (low & 0xe6) == 0xe6;
   found.avx2 = ymm && (b7 >> 5 & 1) && fma && f16c;
   found.avx_vnni = found.avx2 && (a71 >> 4 & 1);
   const bool foundation = (b7 >> 16 & 1) && (b7 >> 17 & 1) && (b7 >> 30 & 1) && (b7 >> 31 & 1);  // F, DQ, BW, VL
-  found.avx512 = found.avx2 && zmm && foundation && (c7 >> 11 & 1);                           // VNNI
-  found.amx = found.avx512 && tiles && (d7 >> 24 & 1) && (d7 >> 25 & 1) && request_amx();      // TILE, INT8
+  found.avx512 = found.avx2 && zmm && foundation && (c7 >> 11 & 1);  // VNNI
+#if HALFBYTE_EMULATE_AMX
+  found.amx = found.avx512;
+#else
+  const bool tiles = (low & 0x60000) == 0x60000;
+  found.amx = found.avx512 && tiles && (d7 >> 24 & 1) && (d7 >> 25 & 1) && request_amx();  // TILE, INT8
+#endif
   return found;
 }
 
@@ -91,7 +98,7 @@ double run_rounds(Isa isa, int64_t rounds) {
 
 }  // namespace
 
-const Kernels scalar_kernels = {1, 1, 0, panel_chunk, scalar_range, scalar_encode, nullptr, nullptr, nullptr, scalar_finish, nullptr};
+const Kernels scalar_kernels = {1, 1, 0, panel_chunk, 0, scalar_range, scalar_encode, nullptr, nullptr, nullptr, scalar_finish};
 
 const char* isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
 

@@ -9,14 +9,14 @@
 namespace halfbyte {
 namespace {
 
-constexpr int64_t panel_budget = 512 * 1024;  // bytes of L2 for a decoded panel
-constexpr int most_rows = 32, most_blocks = 4;
+constexpr int most_rows = 32;  // of a tile
 
 struct Drive {
   const Problem& p;
   const Kernels& kernels;
   const Output& output;
-  std::vector<int64_t> offsets;  // of segments
+  std::vector<int64_t> offsets;                           // of segments
+  std::vector<int64_t> chunk_offsets, gathered_offsets;   // of chunks; and where `gather` puts them
   bool thin = false;             // few rows: no panels
   int64_t panel_blocks = 1, group_panels = 1, panels = 1;  // blocks of a task; tasks of a group, of all groups
   int64_t row_step = 0, row_parts = 1;                    // rows of a task
@@ -76,39 +76,97 @@ const uint8_t* panels_of(const Drive& d, int64_t block, int64_t count) {
   return panel;
 }
 
-void run_task(void* raw, int task) {
-  const Drive& d = *static_cast<Drive*>(raw);
+// Whether every run of `run` rows is complete and evenly spaced, all runs alike.
+bool are_even(const TileRows& rows, int count, int run) {
+  if (count % run) return false;
+  for (int r = 0; r < count; r++)
+    if (r % run && rows.row[r] - rows.row[r - 1] != rows.row[1] - rows.row[0]) return false;
+  return true;
+}
+
+// Copies the chunks of rows together, run after run: (run, chunk, row of the run, 64 bytes).
+void gather(TileRows& rows, int count, int run, const std::vector<int64_t>& chunk_offsets, uint8_t* to) {
+  const auto chunks = static_cast<int64_t>(chunk_offsets.size());
+  for (int r = 0; r < count; r++) {
+    uint8_t* place = to + r / run * chunks * run * chunk + r % run * chunk;
+    for (int64_t i = 0; i < chunks; i++) std::memcpy(place + i * run * chunk, rows.row[r] + chunk_offsets[static_cast<size_t>(i)], chunk);
+  }
+  for (int r = 0; r < most_rows; r++) rows.row[r] = to + r / run * chunks * run * chunk + r % run * chunk;
+}
+
+// One task: some rows times some panels.
+struct Task {
+  const Drive& d;
   const Problem& p = d.p;
   const PackedHeader& w = p.weights;
-  const int64_t panel = task % d.panels, part = task / d.panels;
-  const int64_t group = panel / d.group_panels, in_group = panel % d.group_panels * d.panel_blocks;
-  const int64_t first_block = group * w.group_blocks + in_group, blocks = std::min(d.panel_blocks, w.group_blocks - in_group);
-  const int64_t row_from = part * d.row_step, row_to = std::min(row_from + d.row_step, p.rows);
-  const int64_t channel = group * (w.layer.inputs / w.layer.groups);
-  const Walk walk{d.offsets.data(), w.segments, (w.length + 3) / 4, w.segment_chunks()};
-  const uint8_t* weights = d.thin ? nullptr : panels_of(d, first_block, blocks);
-  const auto* sums_of_columns = reinterpret_cast<const int32_t*>(p.packed + w.sums);
-  alignas(64) int32_t sums[most_rows * most_blocks * block_channels];
-  const int sum_stride = d.kernels.blocks * block_channels;
-  Cursor cursor(p, row_from);
-  for (int64_t row = row_from; row < row_to; row += d.kernels.rows) {
-    const int count = static_cast<int>(std::min<int64_t>(d.kernels.rows, row_to - row));
-    TileRows rows;
-    rows.take(cursor, count, channel);
-    for (int64_t b = 0; b < blocks; b += d.kernels.blocks) {
-      const int some = static_cast<int>(std::min<int64_t>(d.kernels.blocks, blocks - b));
-      if (d.thin) {
-        d.kernels.thin(rows.row, count, walk, nibbles_of(p, first_block + b), some, sums);
+  int64_t group, in_group, first_block, blocks, row_from, row_to;
+  Walk walk{};
+  const uint8_t* weights = nullptr;
+  int32_t* sums;
+
+  Task(const Drive& drive, int index) : d(drive) {
+    const int64_t panel = index % d.panels, part = index / d.panels;
+    group = panel / d.group_panels, in_group = panel % d.group_panels * d.panel_blocks;
+    first_block = group * w.group_blocks + in_group, blocks = std::min(d.panel_blocks, w.group_blocks - in_group);
+    row_from = part * d.row_step, row_to = std::min(row_from + d.row_step, p.rows);
+    walk = {d.offsets.data(), w.segments, (w.length + 3) / 4, w.segment_chunks(), d.chunk_offsets.data(), 0, w.chunks};
+    if (!d.thin) weights = panels_of(d, first_block, blocks);
+    const int64_t tiles = d.kernels.step ? (d.panel_blocks + d.kernels.blocks - 1) / d.kernels.blocks : 1;
+    sums = reinterpret_cast<int32_t*>(scratch(Slot::sums, static_cast<size_t>(tiles * tile_sums()) * 4));
+  }
+
+  int64_t tile_sums() const { return d.kernels.rows * d.kernels.blocks * block_channels; }
+
+  void run() {
+    Cursor cursor(p, row_from);
+    for (int64_t row = row_from; row < row_to; row += d.kernels.rows) {
+      const int count = static_cast<int>(std::min<int64_t>(d.kernels.rows, row_to - row));
+      TileRows rows;
+      rows.take(cursor, count, group * (w.layer.inputs / w.layer.groups));
+      if (d.kernels.even_rows && !d.thin && !are_even(rows, count, d.kernels.even_rows)) {
+        gather(rows, count, d.kernels.even_rows, d.chunk_offsets, scratch(Slot::rows, static_cast<size_t>(most_rows * w.chunks * chunk)));
+        walk.chunk_offsets = d.gathered_offsets.data();
       } else {
-        d.kernels.tile(rows.row, count, walk, weights + b * panel_bytes(d), panel_bytes(d), some, sums);
+        walk.chunk_offsets = d.chunk_offsets.data();
       }
-      const int64_t inside = (in_group + b) * block_channels, out = group * w.group_outputs + inside;
-      const int columns = static_cast<int>(std::min<int64_t>(some * block_channels, w.group_outputs - inside));
-      const Epilogue epilogue{sums_of_columns + (first_block + b) * block_channels, p.weight_scale + out, p.bias ? p.bias + out : nullptr, columns};
-      char* to = static_cast<char*>(d.output.data) + (row * d.output.pixel_stride + out) * size_of(d.output.dtype);
-      d.kernels.finish(sums, sum_stride, epilogue, {count, rows.zeros, rows.scales, to, d.output.pixel_stride * size_of(d.output.dtype), d.output.dtype});
+      multiply(row, count, rows);
     }
   }
+
+  void multiply(int64_t row, int count, const TileRows& rows) {
+    const int64_t step = d.kernels.step && !d.thin ? d.kernels.step : w.chunks;
+    for (walk.first = 0; walk.first < w.chunks; walk.first = walk.last) {
+      walk.last = walk.first + step * 3 / 2 >= w.chunks ? w.chunks : walk.first + step;  // no short last step
+      for (int64_t b = 0; b < blocks; b += d.kernels.blocks) {
+        const int some = static_cast<int>(std::min<int64_t>(d.kernels.blocks, blocks - b));
+        int32_t* at = sums + (d.kernels.step ? b / d.kernels.blocks * tile_sums() : 0);
+        if (d.thin) {
+          d.kernels.thin(rows.row, count, walk, nibbles_of(p, first_block + b), some, at);
+        } else {
+          d.kernels.tile(rows.row, count, walk, weights + b * panel_bytes(d), panel_bytes(d), some, at);
+        }
+        if (walk.last == w.chunks) finish(row, count, rows, b, some, at);
+      }
+    }
+  }
+
+  void finish(int64_t row, int count, const TileRows& rows, int64_t block, int some, const int32_t* at) const {
+    const int64_t inside = (in_group + block) * block_channels, out = group * w.group_outputs + inside;
+    const int columns = static_cast<int>(std::min<int64_t>(some * block_channels, w.group_outputs - inside));
+    const auto* colsums = reinterpret_cast<const int32_t*>(p.packed + w.sums) + (first_block + block) * block_channels;
+    const int64_t size = size_of(d.output.dtype);
+    char* to = static_cast<char*>(d.output.data) + (row * d.output.pixel_stride + out) * size;
+    d.kernels.finish(at, d.kernels.blocks * block_channels, {colsums, p.weight_scale + out, p.bias ? p.bias + out : nullptr, columns},
+                     {count, rows.zeros, rows.scales, to, d.output.pixel_stride * size, d.output.dtype});
+  }
+};
+
+void run_task(void* raw, int index) {
+  const Drive& d = *static_cast<Drive*>(raw);
+  Task task(d, index);
+  if (d.kernels.begin && !d.thin) d.kernels.begin();
+  task.run();
+  if (d.kernels.end && !d.thin) d.kernels.end();
 }
 
 // Cuts the work into tasks: panels as large as L2 allows, but enough tasks for the threads to share evenly.
@@ -116,7 +174,7 @@ void plan(Drive& d, int threads) {
   const PackedHeader& w = d.p.weights;
   const int64_t tile_blocks = d.kernels.blocks, wanted = threads == 1 ? 1 : 4 * threads;
   d.thin = w.tiled && table_of(w.format.grid).bits == 4 && d.p.rows <= d.kernels.thin_rows;
-  const int64_t fitting = std::max(tile_blocks, panel_budget / panel_bytes(d) / tile_blocks * tile_blocks);
+  const int64_t fitting = std::max(tile_blocks, d.kernels.panel_budget / panel_bytes(d) / tile_blocks * tile_blocks);
   const int64_t sharing = round_up(std::max<int64_t>(1, w.blocks() / wanted), tile_blocks);
   d.panel_blocks = std::min({fitting, sharing, round_up(w.group_blocks, tile_blocks)});
   d.group_panels = (w.group_blocks + d.panel_blocks - 1) / d.panel_blocks;
@@ -132,8 +190,14 @@ void plan(Drive& d, int threads) {
 void drive_product(const Run& run, const Kernels& kernels, const Problem& problem, const Output& output) {
   const GridTable& grid = table_of(problem.weights.format.grid);
   const bool narrow = kernels.narrow && problem.weights.tiled && grid.bits == 4 && std::max(grid.top, -grid.bottom) <= narrow_level;
-  Drive drive{problem, narrow ? *kernels.narrow : kernels, output, {}};
-  for (int64_t s = 0; s < problem.weights.segments; s++) drive.offsets.push_back(segment_offset(problem.weights, problem.inputs, s));
+  Drive drive{problem, narrow ? *kernels.narrow : kernels, output, {}, {}, {}};
+  for (int64_t s = 0; s < problem.weights.segments; s++) {
+    drive.offsets.push_back(segment_offset(problem.weights, problem.inputs, s));
+    for (int64_t i = 0; i < problem.weights.segment_chunks(); i++) {
+      drive.gathered_offsets.push_back(static_cast<int64_t>(drive.gathered_offsets.size()) * drive.kernels.even_rows * chunk);
+      drive.chunk_offsets.push_back(drive.offsets.back() + i * chunk);
+    }
+  }
   plan(drive, run.threads);
   run.parallel(static_cast<int>(drive.panels * drive.row_parts), run.threads, run_task, &drive);
 }

@@ -28,12 +28,14 @@ struct Epilogue {
   int columns;        // valid ones of the tile
 };
 
-// A stretch of K for the micro-kernels: `segments` of `quads` 4-byte steps, at the given offsets from the row pointers.
+// K as the micro-kernels walk it. Offsets are in bytes from a row's first byte.
 struct Walk {
-  const int64_t* offsets;  // of segments, from a row's first byte
+  const int64_t* offsets;        // of segments
   int64_t segments;
-  int64_t quads;           // of a segment, what is needed
-  int64_t chunks;          // of a segment, as stored
+  int64_t quads;                 // of a segment: 4-byte steps that are needed
+  int64_t chunks;                // of a segment, as stored
+  const int64_t* chunk_offsets;  // of all chunks, for kernels that take K in steps: chunks first .. last-1, added to the sums unless first is 0
+  int64_t first, last;
 };
 
 // The tile of sums of `count` rows becomes outputs; zeros and scales are those of the rows' images.
@@ -55,9 +57,10 @@ struct Nibbles {
 };
 
 struct Kernels {
-  int rows, blocks;  // of a tile: input rows, blocks of 16 output channels. A tile's sums are (rows, 16 * blocks) int32
-  int thin_rows;     // `thin` takes at most this many; 0: there is none
-  int chunk_bytes;   // of a panel, for each chunk
+  int rows, blocks;      // of a tile: input rows, blocks of 16 output channels. A tile's sums are (rows, 16 * blocks) int32
+  int thin_rows;         // `thin` takes at most this many; 0: there is none
+  int chunk_bytes;       // of a panel, for each chunk
+  int64_t panel_budget;  // bytes of the panels of one task: about half of the L2 cache
   void (*range)(const void* values, Dtype dtype, int64_t count, Range* range);
   void (*encode)(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
   // One tiled block of nibbles to a panel.
@@ -67,7 +70,11 @@ struct Kernels {
   // The same straight from nibbles.
   void (*thin)(const uint8_t* const* row, int count, const Walk& walk, const Nibbles& from, int blocks, int32_t* sums);
   void (*finish)(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);
-  const Kernels* narrow;  // others for tiled nibbles with levels of at most `narrow_level`, or null
+  const Kernels* narrow = nullptr;  // others for tiled nibbles with levels of at most `narrow_level`
+  int even_rows = 0;                // `tile` reads rows in runs of this many, evenly spaced; the driver copies others together
+  int step = 0;                     // chunks of K that `tile` takes at once, so that the rows stay in L1; 0: all
+  void (*begin)() = nullptr;        // around the calls of one task
+  void (*end)() = nullptr;
 };
 
 constexpr int narrow_level = 16;
