@@ -41,7 +41,7 @@ def packed_model(build: Callable[[], nn.Module], recipe: Recipe) -> nn.Module:
     model = materialize(model, torch.bfloat16)
     for layer in packed_layers(model).values():
         fill(layer)
-    return model
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def float_model(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
