@@ -59,12 +59,23 @@ void range(const void* values, int64_t count, Range* range) {
   for (uint32_t lane : lanes) range->absmax = std::max(range->absmax, lane);
 }
 
+void absmax_bfloat16(const void* values, int64_t count, Range* range) {
+  __m256i most = _mm256_setzero_si256();
+  each_step<Dtype::bfloat16, 16>(values, count, [&](const void* from, int64_t at, int64_t) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(from) + at));
+    most = _mm256_max_epu16(most, _mm256_and_si256(x, _mm256_set1_epi16(0x7fff)));
+  });
+  uint16_t lanes[16];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), most);
+  for (uint16_t lane : lanes) range->absmax = std::max(range->absmax, static_cast<uint32_t>(lane) << 16);
+}
+
 // ---- first rounding: floats to bytes ----------------------------------------------------------------------------------------
 
 // See avx512_float.cpp.
-static inline __m256 round_minifloat(__m256 m, int bits) {
+static inline __m256 round_minifloat(__m256 m, __m256 step_of_power) {
   const __m256 power = _mm256_and_ps(m, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000)));
-  const __m256 step = _mm256_max_ps(_mm256_mul_ps(power, _mm256_set1_ps(std::ldexp(1.0f, 1 - bits))), _mm256_set1_ps(1.0f));
+  const __m256 step = _mm256_max_ps(_mm256_mul_ps(power, step_of_power), _mm256_set1_ps(1.0f));
   const __m256 magic = _mm256_mul_ps(step, _mm256_set1_ps(0x1.8p23f));
   return _mm256_sub_ps(_mm256_add_ps(m, magic), magic);
 }
@@ -79,46 +90,59 @@ static inline __m256 round_powers(__m256 m, const GridTable& grid) {
   return level;
 }
 
+enum class Steps { whole, minifloat, powers };  // between the levels of a table
+
 struct FirstRounding {
-  __m256 reciprocal, zero, low, high;
+  __m256 reciprocal, zero, low, high, step_of_power;
   __m256i offset;
   const GridTable& grid;
-  bool minifloat, is_signed;
-  int bits;
+  Steps steps = Steps::whole;
 
-  explicit FirstRounding(const Encoding& e) : grid(*e.grid), minifloat(!e.grid->contiguous && !e.format->max_shift), is_signed(e.grid->is_signed) {
+  explicit FirstRounding(const Encoding& e) : grid(*e.grid) {
+    const bool is_signed = grid.is_signed;
     const int top = e.format->max_shift ? e.format->top : grid.top, bottom = e.format->max_shift ? (is_signed ? -top : 0) : grid.bottom;
     reciprocal = _mm256_set1_ps(e.reciprocal), zero = _mm256_set1_ps(is_signed ? 0.0f : e.zero);
     low = _mm256_set1_ps(static_cast<float>(bottom)), high = _mm256_set1_ps(static_cast<float>(top));
-    offset = _mm256_set1_epi32(e.format->max_shift ? 0 : e.offset);
-    bits = whole_bits(grid);
+    offset = _mm256_set1_epi32(e.offset);
+    const int bits = whole_bits(grid);
+    if (!grid.contiguous && !e.format->max_shift) steps = bits > 1 ? Steps::minifloat : Steps::powers;
+    step_of_power = _mm256_set1_ps(std::ldexp(1.0f, 1 - bits));
   }
 
-  __m256i operator()(__m256 x) const {
+  // 32-bit integers 0..255.
+  template <Steps S>
+  __m256i apply(__m256 x) const {
     const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     __m256 units = _mm256_mul_ps(x, reciprocal);
     const __m256 finite = _mm256_cmp_ps(_mm256_and_ps(units, no_sign), _mm256_set1_ps(INFINITY), _CMP_LT_OQ);
     units = _mm256_add_ps(_mm256_and_ps(units, finite), zero);
     units = _mm256_min_ps(_mm256_max_ps(units, low), high);
-    if (minifloat) {
+    if (S != Steps::whole) {
       const __m256 m = _mm256_and_ps(units, no_sign), sign = _mm256_andnot_ps(no_sign, units);
-      units = _mm256_or_ps(bits > 1 ? round_minifloat(m, bits) : round_powers(m, grid), sign);
+      units = _mm256_or_ps(S == Steps::minifloat ? round_minifloat(m, step_of_power) : round_powers(m, grid), sign);
     }
-    return _mm256_and_si256(_mm256_add_epi32(_mm256_cvtps_epi32(units), offset), _mm256_set1_epi32(255));
+    return _mm256_add_epi32(_mm256_cvtps_epi32(units), offset);
   }
 };
 
-template <Dtype D>
-void first_rounding(const void* values, int64_t count, const FirstRounding& round, uint8_t* out) {
+template <Dtype D, Steps S>
+void round_once(const void* values, int64_t count, const FirstRounding round, uint8_t* out) {  // by value: a byte pointer may alias it
   each_step<D, 32>(values, count, [&](const void* from, int64_t at, int64_t index) {
-    const __m256i a = _mm256_packs_epi32(round(load8<D>(from, at)), round(load8<D>(from, at + 8)));
-    const __m256i b = _mm256_packs_epi32(round(load8<D>(from, at + 16)), round(load8<D>(from, at + 24)));
+    const __m256i a = _mm256_packs_epi32(round.template apply<S>(load8<D>(from, at)), round.apply<S>(load8<D>(from, at + 8)));
+    const __m256i b = _mm256_packs_epi32(round.template apply<S>(load8<D>(from, at + 16)), round.apply<S>(load8<D>(from, at + 24)));
     const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     if (count - index >= 32) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + index), bytes);
     uint8_t rest[32];
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(rest), bytes);
     std::memcpy(out + index, rest, static_cast<size_t>(count - index));
   });
+}
+
+template <Dtype D>
+void first_rounding(const void* values, int64_t count, const FirstRounding& round, uint8_t* out) {
+  if (round.steps == Steps::whole) return round_once<D, Steps::whole>(values, count, round, out);
+  if (round.steps == Steps::minifloat) return round_once<D, Steps::minifloat>(values, count, round, out);
+  round_once<D, Steps::powers>(values, count, round, out);
 }
 
 // ---- second rounding --------------------------------------------------------------------------------------------------------
@@ -167,10 +191,11 @@ struct Bytes {
 };
 
 template <int Size>
-void second_rounding(const ShiftRounder<Bytes>& rounder, int offset, int64_t count, const uint8_t* in, uint8_t* out) {
+void second_rounding(const ShiftRounder<Bytes> rounder, int offset, int64_t count, const uint8_t* in, uint8_t* out) {
   const __m256i flip = _mm256_set1_epi8(static_cast<char>(offset));  // adding 128 to a byte is flipping its top bit
   for (int64_t i = 0; i < count; i += 32) {
-    const __m256i u = _mm256_xor_si256(rounder.round<Size>({_mm256_load_si256(reinterpret_cast<const __m256i*>(in + i))}).v, flip);
+    const __m256i x = _mm256_xor_si256(_mm256_load_si256(reinterpret_cast<const __m256i*>(in + i)), flip);
+    const __m256i u = _mm256_xor_si256(rounder.round<Size>({x}).v, flip);
     if (count - i >= 32) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), u);
     } else {
@@ -194,7 +219,7 @@ void encode(const void* values, int64_t count, const Encoding& e, uint8_t* out) 
   alignas(32) uint8_t bytes[piece];
   for (int64_t start = 0; start < count; start += piece) {
     const int64_t some = std::min<int64_t>(piece, count - start);
-    if (some % 32) _mm256_store_si256(reinterpret_cast<__m256i*>(bytes + some / 32 * 32), _mm256_setzero_si256());
+    if (some % 32) _mm256_store_si256(reinterpret_cast<__m256i*>(bytes + some / 32 * 32), _mm256_set1_epi8(static_cast<char>(e.offset)));
     first_rounding<D>(static_cast<const char*>(values) + start * size_of(D), some, round, bytes);
     again(rounder, e.offset, some, bytes, out + start);
   }
@@ -250,7 +275,8 @@ void avx2_finish(const int32_t* sums, int sum_stride, const Epilogue& e, const R
   }
 }
 
-void avx2_range(const void* values, Dtype dtype, int64_t count, Range* found) {
+void avx2_range(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* found) {
+  if (only_absmax && dtype == Dtype::bfloat16) return absmax_bfloat16(values, count, found);
   if (dtype == Dtype::float32) return range<Dtype::float32>(values, count, found);
   if (dtype == Dtype::bfloat16) return range<Dtype::bfloat16>(values, count, found);
   range<Dtype::float16>(values, count, found);

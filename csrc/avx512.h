@@ -5,7 +5,7 @@
 
 namespace halfbyte {
 
-void avx512_range(const void* values, Dtype dtype, int64_t count, Range* range);
+void avx512_range(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* range);
 void avx512_encode(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
 
 void avx512_finish(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);

@@ -40,12 +40,31 @@ void range(const void* values, int64_t count, Range* range) {
   range->absmax = std::max(range->absmax, static_cast<uint32_t>(_mm512_reduce_max_epu32(most)));
 }
 
+// On the bits: those of magnitudes are in the order of the magnitudes, NaN last.
+void absmax_bfloat16(const void* values, int64_t count, Range* range) {
+  __m512i most = _mm512_setzero_si512(), more = most;
+  const auto* from = static_cast<const uint16_t*>(values);
+  int64_t i = 0;
+  const __m512i no_sign = _mm512_set1_epi16(0x7fff);
+  for (; i + 64 <= count; i += 64) {
+    most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_loadu_si512(from + i), no_sign));
+    more = _mm512_max_epu16(more, _mm512_and_si512(_mm512_loadu_si512(from + i + 32), no_sign));
+  }
+  for (; i < count; i += 32) {
+    const __mmask32 valid = count - i >= 32 ? ~0u : (1u << (count - i)) - 1;
+    most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_maskz_loadu_epi16(valid, from + i), no_sign));
+  }
+  most = _mm512_max_epu16(most, more);
+  const __m512i wide = _mm512_max_epu32(_mm512_slli_epi32(most, 16), _mm512_andnot_si512(_mm512_set1_epi32(0xffff), most));
+  range->absmax = std::max(range->absmax, static_cast<uint32_t>(_mm512_reduce_max_epu32(wide)));
+}
+
 // ---- first rounding: floats to bytes ----------------------------------------------------------------------------------------
 
 // Magnitudes of a minifloat table that holds every integer below 2**bits: round to that many digits, but no finer than 1.
-static inline __m512 round_minifloat(__m512 m, int bits) {
+static inline __m512 round_minifloat(__m512 m, __m512 step_of_power) {
   const __m512 power = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(m), _mm512_set1_epi32(0x7f800000)));
-  const __m512 step = _mm512_max_ps(_mm512_mul_ps(power, _mm512_set1_ps(std::ldexp(1.0f, 1 - bits))), _mm512_set1_ps(1.0f));
+  const __m512 step = _mm512_max_ps(_mm512_mul_ps(power, step_of_power), _mm512_set1_ps(1.0f));
   const __m512 magic = _mm512_mul_ps(step, _mm512_set1_ps(0x1.8p23f));  // adding it leaves no digits below step
   return _mm512_sub_ps(_mm512_add_ps(m, magic), magic);
 }
@@ -61,39 +80,62 @@ static inline __m512 round_powers(__m512 m, const GridTable& grid) {
   return level;
 }
 
+enum class Steps { whole, minifloat, powers };  // between the levels of a table
+
 struct FirstRounding {
-  __m512 reciprocal, zero, low, high;
+  __m512 reciprocal, zero, low, high, step_of_power;
   __m512i offset;
   const GridTable& grid;
-  bool minifloat, is_signed;
-  int bits;
+  Steps steps = Steps::whole;
 
-  explicit FirstRounding(const Encoding& e) : grid(*e.grid), minifloat(!e.grid->contiguous && !e.format->max_shift), is_signed(e.grid->is_signed) {
+  explicit FirstRounding(const Encoding& e) : grid(*e.grid) {
+    const bool is_signed = grid.is_signed;
     const int top = e.format->max_shift ? e.format->top : grid.top, bottom = e.format->max_shift ? (is_signed ? -top : 0) : grid.bottom;
     reciprocal = _mm512_set1_ps(e.reciprocal), zero = _mm512_set1_ps(is_signed ? 0.0f : e.zero);
     low = _mm512_set1_ps(static_cast<float>(bottom)), high = _mm512_set1_ps(static_cast<float>(top));
-    offset = _mm512_set1_epi32(e.format->max_shift ? 0 : e.offset);
-    bits = whole_bits(grid);
+    offset = _mm512_set1_epi32(e.offset);
+    const int bits = whole_bits(grid);
+    if (!grid.contiguous && !e.format->max_shift) steps = bits > 1 ? Steps::minifloat : Steps::powers;
+    step_of_power = _mm512_set1_ps(std::ldexp(1.0f, 1 - bits));
   }
 
-  __m128i operator()(__m512 x) const {
+  // 32-bit integers 0..255.
+  template <Steps S>
+  __m512i apply(__m512 x) const {
     __m512 units = _mm512_mul_ps(x, reciprocal);
-    const __mmask16 finite = static_cast<__mmask16>(~_mm512_fpclass_ps_mask(units, 0x99));
-    units = _mm512_add_ps(_mm512_maskz_mov_ps(finite, units), zero);
+    units = _mm512_fixupimm_ps(units, units, _mm512_set1_epi32(0x11881188), 0);  // infinities and NaN to 0
+    units = _mm512_add_ps(units, zero);
     units = _mm512_min_ps(_mm512_max_ps(units, low), high);
-    if (minifloat) {
+    if (S != Steps::whole) {
       const __m512 m = _mm512_abs_ps(units), sign = _mm512_andnot_ps(_mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff)), units);
-      units = _mm512_or_ps(bits > 1 ? round_minifloat(m, bits) : round_powers(m, grid), sign);
+      units = _mm512_or_ps(S == Steps::minifloat ? round_minifloat(m, step_of_power) : round_powers(m, grid), sign);
     }
-    return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(units), offset));
+    return _mm512_add_epi32(_mm512_cvtps_epi32(units), offset);
   }
 };
 
+template <Dtype D, Steps S>
+void round_once(const void* values, int64_t start, int64_t count, const FirstRounding round, uint8_t* out) {  // by value: a byte pointer may alias it
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) {
+    __m512i four[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) four[j] = round.template apply<S>(load16<D>(values, start + i + j * 16, 0xffff));
+    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(four[0], four[1]), _mm512_packs_epi32(four[2], four[3]));
+    _mm512_storeu_si512(out + i, _mm512_permutexvar_epi32(order, bytes));
+  }
+  for (; i < count; i += 16) {
+    const __mmask16 valid = first(count - i);
+    _mm_mask_storeu_epi8(out + i, valid, _mm512_cvtepi32_epi8(round.template apply<S>(load16<D>(values, start + i, valid))));
+  }
+}
+
 template <Dtype D>
 void first_rounding(const void* values, int64_t start, int64_t count, const FirstRounding& round, uint8_t* out) {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), round(load16<D>(values, start + i, 0xffff)));
-  if (i < count) _mm_mask_storeu_epi8(out + i, first(count - i), round(load16<D>(values, start + i, first(count - i))));
+  if (round.steps == Steps::whole) return round_once<D, Steps::whole>(values, start, count, round, out);
+  if (round.steps == Steps::minifloat) return round_once<D, Steps::minifloat>(values, start, count, round, out);
+  round_once<D, Steps::powers>(values, start, count, round, out);
 }
 
 // ---- second rounding --------------------------------------------------------------------------------------------------------
@@ -144,10 +186,10 @@ struct Bytes {
 };
 
 template <int Size>
-void second_rounding(const ShiftRounder<Bytes>& rounder, int offset, int64_t count, const uint8_t* in, uint8_t* out) {
+void second_rounding(const ShiftRounder<Bytes> rounder, int offset, int64_t count, const uint8_t* in, uint8_t* out) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(offset));  // adding 128 to a byte is flipping its top bit
   for (int64_t i = 0; i < count; i += 64) {
-    const __m512i u = _mm512_xor_si512(rounder.round<Size>({_mm512_loadu_si512(in + i)}).v, flip);
+    const __m512i u = _mm512_xor_si512(rounder.round<Size>({_mm512_xor_si512(_mm512_load_si512(in + i), flip)}).v, flip);
     _mm512_mask_storeu_epi8(out + i, count - i >= 64 ? ~0ull : (1ull << (count - i)) - 1, u);
   }
 }
@@ -165,7 +207,7 @@ void encode(const void* values, int64_t count, const Encoding& e, uint8_t* out) 
   alignas(64) uint8_t bytes[piece];
   for (int64_t start = 0; start < count; start += piece) {
     const int64_t some = std::min<int64_t>(piece, count - start);
-    if (some % 64) _mm512_store_si512(bytes + some / 64 * 64, _mm512_setzero_si512());
+    if (some % 64) _mm512_store_si512(bytes + some / 64 * 64, _mm512_set1_epi8(static_cast<char>(e.offset)));
     first_rounding<D>(values, start, some, round, bytes);
     again(rounder, e.offset, some, bytes, out + start);
   }
@@ -206,7 +248,8 @@ void avx512_finish(const int32_t* sums, int sum_stride, const Epilogue& e, const
   }
 }
 
-void avx512_range(const void* values, Dtype dtype, int64_t count, Range* found) {
+void avx512_range(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* found) {
+  if (only_absmax && dtype == Dtype::bfloat16) return absmax_bfloat16(values, count, found);
   if (dtype == Dtype::float32) return range<Dtype::float32>(values, count, found);
   if (dtype == Dtype::bfloat16) return range<Dtype::bfloat16>(values, count, found);
   range<Dtype::float16>(values, count, found);

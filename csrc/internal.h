@@ -26,7 +26,7 @@ struct Problem {
   }
 };
 
-void scalar_range(const void* values, Dtype dtype, int64_t count, Range* range);
+void scalar_range(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* range);
 void scalar_encode(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
 void scalar_finish(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);
 void scalar_product(const Run& run, const Problem& problem, const Output& output);

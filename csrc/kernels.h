@@ -61,7 +61,8 @@ struct Kernels {
   int thin_rows;         // `thin` takes at most this many; 0: there is none
   int chunk_bytes;       // of a panel, for each chunk
   int64_t panel_budget;  // bytes of the panels of one task: about half of the L2 cache
-  void (*range)(const void* values, Dtype dtype, int64_t count, Range* range);
+  // Widens a range by some values; where only absmax is asked for, the rest may stay as it is.
+  void (*range)(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* range);
   void (*encode)(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
   // One tiled block of nibbles to a panel.
   void (*decode)(const Nibbles& from, uint8_t* panel);

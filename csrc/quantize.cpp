@@ -63,8 +63,9 @@ void choose_scale(const Job& job, int64_t image, const Range& range) {
 
 Range range_of(const Job& job, int64_t image, int64_t from, int64_t to) {
   Range range;
-  for (int64_t y = from; y < to; y++)
-    job.each_stretch(image, y, [&](const char* values, int64_t count, int64_t) { job.kernels.range(values, job.input.dtype, count, &range); }, true);
+  const bool only_absmax = job.format.fixed || table_of(job.format.grid).is_signed;
+  const auto widen = [&](const char* values, int64_t count, int64_t) { job.kernels.range(values, job.input.dtype, count, only_absmax, &range); };
+  for (int64_t y = from; y < to; y++) job.each_stretch(image, y, widen, true);
   return range;
 }
 

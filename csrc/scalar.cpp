@@ -41,7 +41,7 @@ void round_subgroup(int* values, int64_t count, const InputFormat& format, const
 
 }  // namespace
 
-void scalar_range(const void* values, Dtype dtype, int64_t count, Range* range) {
+void scalar_range(const void* values, Dtype dtype, int64_t count, bool, Range* range) {
   for (int64_t i = 0; i < count; i++) {
     const float value = load(values, dtype, i);
     range->absmax = std::max(range->absmax, bits_of_float(value) & 0x7fffffff);

@@ -54,33 +54,33 @@ class ShiftRounder {
  public:
   explicit ShiftRounder(const ShiftTables& t)
       : shift_(V::repeat(t.shift)), full_(V::repeat(t.full)), cap_(V::repeat(t.cap)), add_(V::repeat(t.add)), odd_(V::repeat(t.odd)),
-        keep_(V::repeat(t.keep)), low_(V::repeat(t.length_low)), high_(V::repeat(t.length_high)), max_shift_(V::all(t.max_shift)), tables_(t) {}
+        keep_(V::repeat(t.keep)), low_(V::repeat(t.length_low)), high_(V::repeat(t.length_high)), max_shift_(V::all(t.max_shift)), is_signed_(t.is_signed), contiguous_(t.contiguous) {}
 
   // Bytes in (int8 or uint8 integers) to the rounded integers; subgroups of `Size` neighbours.
   template <int Size>
   V round(V x) const {
-    const V a = tables_.is_signed ? x.abs() : x;
+    const V a = is_signed_ ? x.abs() : x;
     const V largest = a.template group_max<Size>();
-    const V index = tables_.is_signed ? largest.template shift_right<3>() : largest.template shift_right<4>();
+    const V index = is_signed_ ? largest.template shift_right<3>() : largest.template shift_right<4>();
     const V shift = shift_.look_up(index);
     V rounded = round_to(a, shift);
     if (largest.minus(full_.look_up(index)).any()) {
       const V more = shift.plus(V::all(1)).least(max_shift_), higher = round_to(a, more);
       rounded = V::template better<Size>(rounded, higher, a);
     }
-    return tables_.is_signed ? rounded.with_sign(x) : rounded;
+    return is_signed_ ? rounded.with_sign(x) : rounded;
   }
 
  private:
   V round_to(V a, V shift) const {
     V t = shift;
-    if (!tables_.contiguous) t = t.most(low_.look_up(a.both(V::all(15)))).most(high_.look_up(a.template shift_right<4>()));
+    if (!contiguous_) t = t.most(low_.look_up(a.both(V::all(15)))).most(high_.look_up(a.template shift_right<4>()));
     const V odd = a.both(odd_.look_up(t)).least(V::all(1));
     return a.plus(add_.look_up(t)).plus(odd).both(keep_.look_up(t)).least(cap_.look_up(shift));
   }
 
   V shift_, full_, cap_, add_, odd_, keep_, low_, high_, max_shift_;
-  const ShiftTables& tables_;
+  bool is_signed_, contiguous_;
 };
 
 }  // namespace halfbyte
