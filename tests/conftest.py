@@ -1,10 +1,12 @@
 """Tiny, randomly initialised models of the real classes, shared by tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+from halfbyte.runtime import backends, engine
 
 # Tests multiply small tensors: a second thread gains nothing, and where cores are busy waiting for it costs fifteen times as much.
 torch.set_num_threads(1)
@@ -173,3 +175,28 @@ def pipe(build: Callable[[str], Any]) -> Any:
     made = DDIMPipeline(build("UNet2DModel"), DDIMScheduler())
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def _force(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[str]:
+    if name == "cpu" and engine.MISSING:
+        pytest.skip(f"the C++ engine cannot run: {engine.MISSING}")
+    monkeypatch.setenv(backends.VARIABLE, name)
+    backends.backend.cache_clear()
+    yield name
+    backends.backend.cache_clear()
+
+
+@pytest.fixture(params=backends.NAMES)
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The test runs once with every backend; gives its name."""
+    yield from _force(monkeypatch, request.param)
+
+
+@pytest.fixture
+def reference_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from _force(monkeypatch, "reference")
+
+
+@pytest.fixture
+def cpu_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from _force(monkeypatch, "cpu")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import halfbyte as hb
 from halfbyte.calibration import Call, collect
 from halfbyte.conversion import edges_of, pack, packed_layers, simulate, stored_bytes
 from halfbyte.errors import CalibrationError, ModelError
@@ -114,3 +115,12 @@ def test_already_quantized_models_are_refused_and_bytes_are_counted():
     stored, plain = stored_bytes(pack(model))
     assert (stored, plain) == (32 * 32 + 32 * 4 + 8 * 16 + 8 * 4, 2 * (64 * 32 + 32 * 8))
     assert list(packed_layers(model)) == ["0", "1"]
+
+
+@pytest.mark.usefixtures("cpu_backend")
+def test_the_table_says_what_the_engine_does_not_run():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ConvTranspose2d(8, 8, 2), nn.Conv2d(8, 4, 1))
+    result = hb.quantize(model, "quartz-w4a4")
+    notes = ["runs in the reference backend: the C++ engine has no transposed" in layer.reason for layer in result.layers]
+    assert notes == [False, True, False]
+    assert "reference backend" in result.table()

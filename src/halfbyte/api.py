@@ -63,6 +63,7 @@ def quantize(
     setattr(module, RECIPE_ATTRIBUTE, chosen)
     if not simulate:
         pack_model(module, chosen)
+        conversion.note_backends(result)
     return result
 
 

@@ -299,6 +299,36 @@ def sample(
     typer.echo(f"{count} images in {output}")
 
 
+@app.command(epilog="Examples:  halfbyte bench    halfbyte bench pipeline --model sd15    halfbyte bench linear --json out.json")
+def bench(
+    kinds: Annotated[list[str] | None, typer.Argument(help="linear, conv, pipeline; all when none is given.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Models of the pipelines; may be repeated. See --list.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Tiny shapes, one call each: does it run.")] = False,
+    names: Annotated[bool, typer.Option("--list", help="Only list the models.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the figures there too.")] = None,
+) -> None:
+    """Time packed layers and whole models on this machine, side by side with what else it could run; random weights."""
+    import json
+
+    from rich.console import Console
+
+    from halfbyte.bench.models import SUBJECTS
+    from halfbyte.bench.run import KINDS, run, table
+    from halfbyte.checkpoint import write_file
+    from halfbyte.demo import environment
+
+    if names:
+        for name, subject in SUBJECTS.items():
+            typer.echo(f"{name:8} {subject.about}{'; only when asked for' if subject.large else ''}")
+        return
+    with progress() as report:
+        rows = run(kinds or KINDS, model or (), smoke, report)
+    Console().print(table(rows))
+    if json_file:
+        results = {"environment": environment(), "rows": rows}
+        write_file(json_file, (json.dumps(results, indent=2) + "\n").encode())
+
+
 @app.command(epilog="Examples:  halfbyte info    halfbyte info my-model-4bit")
 def info(model: Annotated[Path | None, typer.Argument(help="Folder of a quantized pipeline or component.")] = None) -> None:
     """Without MODEL: the backend and why. With MODEL: what the checkpoint holds, layer by layer."""
@@ -309,12 +339,15 @@ def info(model: Annotated[Path | None, typer.Argument(help="Folder of a quantize
             typer.echo(f"{key:10} {value}")
         return
     from halfbyte.api import describe
+    from halfbyte.runtime.cpu import hindrance_of
 
     recipe, layers = describe(model)
     typer.echo(f"recipe {recipe.name}: {len(layers)} packed layers")
     width = max((len(name) for name in layers), default=0)
     for name, spec in layers.items():
-        typer.echo(f"  {name.ljust(width)}  {spec.describe()}")
+        hindrance = hindrance_of(spec)
+        note = f"  (reference backend: {hindrance})" if hindrance else ""
+        typer.echo(f"  {name.ljust(width)}  {spec.describe()}{note}")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Recipes applied to models: float layers to trainable ones (`simulate`), trainable ones to packed ones (`pack`)."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ from halfbyte.methods.smooth import scale_inputs, search_strength, smooth_factor
 from halfbyte.metrics import sqnr
 from halfbyte.quantizers import FixedScale, weight_scale
 from halfbyte.recipe import LayerSpec, Recipe
-from halfbyte.runtime.layers import Packed, pack_layer
+from halfbyte.runtime.backends import backend
+from halfbyte.runtime.layers import Packed, pack_layer, packed_shapes
 from halfbyte.targets import TARGETS, Target
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -278,16 +280,35 @@ def pack(model: nn.Module) -> nn.Module:
     return model
 
 
+def note_backends(result: Result) -> None:
+    """Say in the layer table which packed layers the C++ engine leaves to the reference backend, and why."""
+    if backend().name != "cpu":
+        return
+    packed = packed_layers(result.model)
+    for report in result.layers:
+        plan = getattr(packed.get(report.name), "plan", None)
+        if isinstance(plan, str):
+            report.reason += f"; runs in the reference backend: {plan}"
+
+
 def packed_layers(model: nn.Module) -> dict[str, Packed]:
     """The packed layers of a model by name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Packed)}
 
 
 def stored_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of the quantized layers' codes, scales and shifts, and of the same weights in bf16 (biases in neither)."""
+    """Bytes of the quantized layers' codes, scales and shifts on disk, and of the same weights in bf16 (biases in neither)."""
     stored = plain = 0
     for layer in packed_layers(model).values():
-        tensors: list[Tensor | None] = [layer.weight_codes, layer.weight_scale, layer.weight_shift, layer.input_scale]
-        stored += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        entries = len(layer.timestep.calibrated) if layer.timestep is not None else 1
+        shapes = packed_shapes(layer, layer.spec, layer.input_scale is not None, entries)  # type: ignore[arg-type]
+        stored += sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
         plain += 2 * layer.weight.numel()
     return stored, plain
+
+
+def memory_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes the quantized layers hold in memory now, in a backend's order where it has re-ordered them, and of bf16 weights."""
+    layers = packed_layers(model).values()
+    held = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
+    return held, sum(2 * layer.weight.numel() for layer in layers)

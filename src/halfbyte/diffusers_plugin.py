@@ -6,6 +6,7 @@ halfbyte` arranges that it is imported as soon as diffusers is, before or after 
 
 from typing import Any
 
+import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -26,7 +27,7 @@ class HalfbyteQuantizer(DiffusersQuantizer):
     use_keep_in_fp32_modules = True
     is_serializable = True
     is_trainable = False
-    is_compileable = False
+    is_compileable = True
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -48,6 +49,7 @@ class HalfbyteQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         if self.pre_quantized:
             after_loading(model)
+            run_channels_last(model)
         else:
             quantize_loaded(model, self.quantization_config.recipe)
             attach(model, self.quantization_config.recipe)
@@ -60,6 +62,12 @@ def attach(model: Any, recipe: Recipe) -> None:
     quantizer = HalfbyteQuantizer(config)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, config.quant_method
     model.register_to_config(quantization_config=config)
+    run_channels_last(model)
+
+
+def run_channels_last(model: nn.Module) -> None:
+    """Have convolutions give channels-last outputs, the order the C++ engine reads; all of diffusers works with it."""
+    nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def is_diffusers_model(model: nn.Module) -> bool:

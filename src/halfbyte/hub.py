@@ -115,7 +115,7 @@ def before_loading(model: nn.Module, config: LayoutConfig, files: Sequence[str |
 def after_loading(model: nn.Module) -> None:
     """Raises CorruptError when a packed layer was left without its values."""
     for name, layer in packed_layers(model).items():
-        hollow = [key for key, tensor in layer.state_dict().items() if tensor.device.type == "meta"]  # type: ignore[attr-defined]
+        hollow = [key for key, tensor in layer.state_dict().items() if tensor.device.type == "meta"]
         if hollow:
             raise CorruptError(f"the checkpoint has no values for {name}.{hollow[0]}")
 

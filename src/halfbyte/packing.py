@@ -35,9 +35,13 @@ def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
     Raises:
         CorruptError: when the last axis does not hold exactly `count` codes.
     """
-    if packed.dtype != torch.uint8 or packed.shape[-1] != (count + 1) // 2:
-        raise CorruptError(
-            f"{count} packed codes need uint8 rows of {(count + 1) // 2} bytes; got {packed.dtype} rows of {packed.shape[-1]}"
-        )
+    check_rows(packed, count, 4)
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
     return codes[..., :count]
+
+
+def check_rows(packed: Tensor, count: int, bits: int) -> None:
+    """Raises CorruptError when the last axis does not hold exactly `count` codes of 4 or 8 bits."""
+    needed = (count + 1) // 2 if bits == 4 else count
+    if packed.dtype != torch.uint8 or packed.shape[-1] != needed:
+        raise CorruptError(f"{count} packed codes need uint8 rows of {needed} bytes; got {packed.dtype} rows of {packed.shape[-1]}")

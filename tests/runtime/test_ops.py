@@ -15,6 +15,8 @@ from halfbyte.runtime import ops
 from halfbyte.runtime.layers import pack_layer
 from halfbyte.runtime.ops import FLOAT32_EXACT, integer_product
 
+pytestmark = pytest.mark.usefixtures("reference_backend")
+
 LAYERS = {  # kind, arguments, options, shape of the input
     "linear": (nn.Linear, (37, 5), {}, (3, 37)),
     "linear 3d": (nn.Linear, (8, 3), {}, (2, 3, 8)),

@@ -13,6 +13,8 @@ from halfbyte.packing import pack_nibbles
 from halfbyte.recipe import INT8, ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.runtime.layers import PACKED, Packed, install, pack_layer, packed_shapes
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 LAYERS = {  # kind, arguments, options, shapes of its inputs; odd sizes, so that nibbles and subgroups have tails
     "linear": (nn.Linear, (37, 5), {}, [(3, 37), (2, 3, 37), (2, 1, 2, 37), (37,), (0, 37), (2, 0, 37)]),
     "linear aligned": (nn.Linear, (64, 6), {"bias": False}, [(4, 64), (1, 64)]),

@@ -9,6 +9,8 @@ from halfbyte.layers import FAKE_QUANT
 from halfbyte.recipe import INT8, PRESETS, ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.runtime.layers import PACKED, Packed, pack_layer
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 LAYERS = {
     "linear": lambda: nn.Linear(20, 6),
     "linear without bias": lambda: nn.Linear(20, 6, bias=False),

@@ -23,7 +23,7 @@ from halfbyte.layers import GridChoice
 from halfbyte.metrics import FeatureStatistics, frechet_distance, psnr, spread, ssim
 from halfbyte.recipe import LayerSpec, get_recipe
 from halfbyte.report.pictures import data_uri, grid_png
-from halfbyte.runtime.backends import backend
+from halfbyte.runtime.backends import describe
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
@@ -213,13 +213,12 @@ def frechet_to_real(images: Tensor) -> float:
 def environment() -> dict[str, str]:
     """What the figures depend on: versions, threads, processor, backend."""
     versions = {name: importlib.metadata.version(name) for name in ("halfbyte", "torch", "diffusers")}
-    chosen = backend()
     return {
         **versions,
         "python": platform.python_version(),
         "threads": str(torch.get_num_threads()),
         "processor": torch.backends.cpu.get_cpu_capability(),
-        "backend": f"{chosen.name} ({chosen.reason})",
+        "backend": describe(),
     }
 
 

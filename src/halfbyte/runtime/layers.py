@@ -5,7 +5,7 @@ a zero-memory stand-in of the right shape, dtype and device whose `.data` refuse
 (`fuse_lora`, for one) fails with a sentence instead of losing its work.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,10 @@ from halfbyte.layers import FakeQuant, Quantizable, QuantizedLayer, adopt, follo
 from halfbyte.packing import pack_nibbles, unpack_nibbles
 from halfbyte.quantizers import QuantizedWeight, decode_weight
 from halfbyte.recipe import LayerSpec
+from halfbyte.runtime import cpu
+from halfbyte.runtime.backends import engine_plan
 from halfbyte.runtime.ops import quantized_forward
+from halfbyte.runtime.tiled import Tiled
 
 BUFFERS = (
     "weight_codes", "weight_scale", "weight_shift", "weight_choice", "input_scale", "activation_scale", "activation_zero",
@@ -49,13 +52,14 @@ class _NoBackward(torch.autograd.Function):
         raise PackedError("packed layers are for inference and pass no gradients; quantize with simulate=True to train")
 
 
-class Packed(QuantizedLayer):
+class Packed(Tiled, QuantizedLayer):
     """What all packed layers share; mixed into the torch layer class that names their kind."""
 
     bias: Any  # nn.Parameter or None
     weight_codes: Tensor  # uint8 (O, ceil(K / 2)) for 4-bit grids, (O, K) for 8-bit ones; (sets, ...) where there are several
     weight_scale: Tensor  # float32 (O, 1), the same for all sets
     weight_shift: Tensor | None  # uint8, nibbles (O, ceil(ceil(K / subgroup) / 2)), or (sets, ...)
+    plan: cpu.Plan | str  # how the C++ engine runs this layer, or why it does not
 
     @classmethod
     def empty(cls, layer: Quantizable, spec: LayerSpec, smoothed: bool = False, timesteps: int = 1) -> Any:
@@ -69,8 +73,10 @@ class Packed(QuantizedLayer):
             raise PackedError(f"{spec.describe()} cannot be packed: {hindrance}; it exists for simulation (simulate=True)")
         made = adopt(cls, layer)  # type: ignore[arg-type]
         made.spec, made.bias = spec, layer.bias
+        made.plan = cpu.plan_for(made, spec)
         for name in BUFFERS:
             made.register_buffer(name, None)
+        made.register_buffer("weight_tiles", None, persistent=False)
         for name, (shape, dtype) in packed_shapes(layer, spec, smoothed, timesteps).items():
             setattr(made, name, torch.empty(shape, dtype=dtype, device=layer.weight.device))
         return made
@@ -88,7 +94,7 @@ class Packed(QuantizedLayer):
     @property
     def weight(self) -> Tensor:
         layer: Any = self
-        bias, codes = self.bias, self.weight_codes
+        bias = self.bias
         dtype = torch.float32 if bias is None else bias.dtype
         if isinstance(layer, nn.Linear):
             shape: tuple[int, ...] = (layer.out_features, layer.in_features)
@@ -96,7 +102,7 @@ class Packed(QuantizedLayer):
             shape = (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel_size)
         else:
             shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-        return torch.zeros((), dtype=dtype, device=codes.device).expand(shape).as_subclass(PackedWeight)
+        return torch.zeros((), dtype=dtype, device=self.weight_scale.device).expand(shape).as_subclass(PackedWeight)
 
     def levels(self, chosen: int = 0) -> Tensor:
         """The integers of the weight, or of one of its sets, shifts applied: float32 whole numbers (O, K)."""
@@ -111,10 +117,14 @@ class Packed(QuantizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self
+        plan = engine_plan(layer, x)
         with torch.no_grad():
             scaled = x if self.input_scale is None else scale_input(layer, x, self.input_scale)
-            levels, fixed = self.levels(self.chosen_set()), self.fixed_scale()
-            y = quantized_forward(self, scaled, levels, self.weight_scale, self.bias, self.spec.activation, fixed)
+            if plan is None:
+                levels, fixed = self.levels(self.chosen_set()), self.fixed_scale()
+                y = quantized_forward(self, scaled, levels, self.weight_scale, self.bias, self.spec.activation, fixed)
+            else:
+                y = cpu.forward(layer, plan, scaled)
         return _NoBackward.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y
 
     def extra_repr(self) -> str:
@@ -156,7 +166,30 @@ class PackedConv1d(Packed, nn.Conv1d):  # type: ignore[override]
 
 
 class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]
-    """nn.Conv2d on 4-bit codes."""
+    """nn.Conv2d on 4-bit codes.
+
+    Its output is channels-last where its input is, or where the weight would be: that of the float layer was, or the model was told
+    `.to(memory_format=torch.channels_last)`. So says torch's own rule.
+    """
+
+    channels_last = False
+
+    @classmethod
+    def empty(cls, layer: Quantizable, spec: LayerSpec, smoothed: bool = False, timesteps: int = 1) -> Any:
+        made = super().empty(layer, spec, smoothed, timesteps)
+        weight = layer.weight if layer.weight.ndim == 4 else layer.weight[0]  # of several sets, the first
+        made.channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        return made
+
+    def makes_channels_last(self, x: Tensor) -> bool:
+        return self.channels_last or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        stand_in = fn(torch.zeros((2, 2, 2, 2), device=self.weight_scale.device).contiguous(memory_format=layout))
+        self.channels_last = not stand_in.is_contiguous()
+        return self
 
 
 class PackedConvTranspose1d(Packed, nn.ConvTranspose1d):  # type: ignore[misc, override]

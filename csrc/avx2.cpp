@@ -1,0 +1,181 @@
+// AVX2 without VNNI: the micro-kernels. vpmaddubsw multiplies bytes u8 x s8 and adds neighbours in 16 bits, with saturation, so:
+//
+// - Levels of a 4-bit table before their shift are at most 16 in magnitude: four such sums, a sixteenth of 16 along K, stay below
+//   4 * 2 * 255 * 16 = 32640 and cannot saturate. One vpmaddwd then applies the weights' shifts, as factors 2**shift, and widens. A
+//   panel of this "narrow" kind holds, for every 16 along K, 4 quads of unshifted levels and a row of factors.
+// - Other weights (int8, e3m0) take the wide way: bytes to 16 bits first, twice the instructions.
+#include "avx2.h"
+
+#include "dispatch.h"
+
+#if defined(__AVX2__)
+
+#include <immintrin.h>
+
+namespace halfbyte {
+namespace {
+
+constexpr int narrow_sixteenth = 4 * 64 + 64;  // bytes: quads, factors
+
+static inline __m256i four_of_a_row(const uint8_t* bytes) {
+  int32_t four;
+  std::memcpy(&four, bytes, 4);
+  return _mm256_set1_epi32(four);
+}
+
+static inline __m256i load(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+static inline void store(void* to, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
+
+// ---- decoding ---------------------------------------------------------------------------------------------------------------
+
+struct Decoder {
+  __m256i levels;
+
+  explicit Decoder(const GridTable& grid)
+      : levels(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(grid.levels)))) {}
+
+  // Half a quad (8 channels) from 32 bytes of nibbles: the early one, or the late one.
+  __m256i operator()(const uint8_t* codes, bool late) const {
+    const __m256i pairs = load(codes);
+    return _mm256_shuffle_epi8(levels, _mm256_and_si256(late ? _mm256_srli_epi32(pairs, 4) : pairs, _mm256_set1_epi8(15)));
+  }
+};
+
+// Shifts of 8 channels in 32-bit lanes.
+static inline __m256i shifts_of(const uint8_t* shifts, int64_t sixteenth, int half) {
+  const __m256i pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(shifts + sixteenth / 2 * 16 + half * 8)));
+  return sixteenth % 2 ? _mm256_srli_epi32(pairs, 4) : _mm256_and_si256(pairs, _mm256_set1_epi32(15));
+}
+
+void decode_narrow(const Nibbles& from, uint8_t* panel) {
+  const Decoder decoder(*from.grid);
+  for (int64_t i = 0; i < from.chunks * 4; i++, panel += narrow_sixteenth) {
+    const uint8_t* codes = from.codes + i * 128;
+    for (int half = 0; half < 2; half++) {
+      for (int q = 0; q < 4; q++) store(panel + q * 64 + half * 32, decoder(codes + q / 2 * 64 + half * 32, q % 2));
+      const __m256i shift = from.shifts ? shifts_of(from.shifts, i, half) : _mm256_setzero_si256();
+      store(panel + 256 + half * 32, _mm256_sllv_epi32(_mm256_set1_epi32(0x00010001), shift));
+    }
+  }
+}
+
+// ---- tiles ------------------------------------------------------------------------------------------------------------------
+
+template <int R>
+void narrow_tile(const uint8_t* const* row, const Walk& walk, const uint8_t* panel, int32_t* sums) {
+  __m256i sum[R][2];
+  for (auto& both : sum) both[0] = both[1] = _mm256_setzero_si256();
+  for (int64_t segment = 0; segment < walk.segments; segment++) {
+    const uint8_t* from[R];
+    for (int r = 0; r < R; r++) from[r] = row[r] + walk.offsets[segment];
+    const uint8_t* weights = panel + segment * walk.chunks * 4 * narrow_sixteenth;
+    for (int64_t k = 0; k < walk.quads * 4; k += 16, weights += narrow_sixteenth) {
+      __m256i small[R][2];
+      for (int q = 0; q < 4; q++) {
+        const __m256i first = load(weights + q * 64), second = load(weights + q * 64 + 32);
+        for (int r = 0; r < R; r++) {
+          const __m256i x = four_of_a_row(from[r] + k + q * 4);
+          const __m256i a = _mm256_maddubs_epi16(x, first), b = _mm256_maddubs_epi16(x, second);
+          small[r][0] = q ? _mm256_add_epi16(small[r][0], a) : a, small[r][1] = q ? _mm256_add_epi16(small[r][1], b) : b;
+          __asm__("" : "+x"(small[r][0]), "+x"(small[r][1]));  // keeps the order: reordered, the sums outnumber the registers
+        }
+      }
+      for (int r = 0; r < R; r++)
+        for (int b = 0; b < 2; b++) sum[r][b] = _mm256_add_epi32(sum[r][b], _mm256_madd_epi16(small[r][b], load(weights + 256 + b * 32)));
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < 2; b++) store(sums + r * 16 + b * 8, sum[r][b]);
+}
+
+template <int R>
+void wide_tile(const uint8_t* const* row, const Walk& walk, const uint8_t* panel, int32_t* sums) {
+  __m256i sum[R][2];
+  for (auto& both : sum) both[0] = both[1] = _mm256_setzero_si256();
+  for (int64_t segment = 0; segment < walk.segments; segment++) {
+    const int64_t offset = walk.offsets[segment];
+    const uint8_t* weights = panel + segment * walk.chunks * panel_chunk;
+    for (int64_t k = 0; k < walk.quads * 4; k += 4, weights += 64) {
+      __m256i even[2], odd[2];
+      for (int b = 0; b < 2; b++) {
+        const __m256i w = load(weights + b * 32);
+        even[b] = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), odd[b] = _mm256_srai_epi16(w, 8);
+      }
+      for (int r = 0; r < R; r++) {
+        const __m256i x = four_of_a_row(row[r] + offset + k);
+        const __m256i x_even = _mm256_and_si256(x, _mm256_set1_epi16(255)), x_odd = _mm256_srli_epi16(x, 8);
+        for (int b = 0; b < 2; b++) {
+          const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(x_even, even[b]), _mm256_madd_epi16(x_odd, odd[b]));
+          sum[r][b] = _mm256_add_epi32(sum[r][b], products);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < 2; b++) store(sums + r * 16 + b * 8, sum[r][b]);
+}
+
+using Tile = void (*)(const uint8_t* const*, const Walk&, const uint8_t*, int32_t*);
+constexpr Tile narrow_tiles[] = {narrow_tile<1>, narrow_tile<2>, narrow_tile<3>};
+constexpr Tile wide_tiles[] = {wide_tile<1>, wide_tile<2>, wide_tile<3>};
+
+void any_narrow(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t, int, int32_t* sums) {
+  narrow_tiles[count - 1](row, walk, panel, sums);
+}
+
+void any_wide(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t, int, int32_t* sums) {
+  wide_tiles[count - 1](row, walk, panel, sums);
+}
+
+}  // namespace
+
+// In a 32-bit lane all four bytes share a channel and so a shift: shift the lane, then drop what crossed from byte to byte.
+void avx2_decode(const Nibbles& from, uint8_t* panel) {
+  const Decoder decoder(*from.grid);
+  for (int64_t i = 0; i < from.chunks * 4; i++, panel += 256)
+    for (int half = 0; half < 2; half++) {
+      const __m256i shift = from.shifts ? shifts_of(from.shifts, i, half) : _mm256_setzero_si256();
+      const __m256i spilled = _mm256_sub_epi32(_mm256_sllv_epi32(_mm256_set1_epi32(0x01010101), shift), _mm256_set1_epi32(0x01010101));
+      for (int q = 0; q < 4; q++) {
+        const __m256i levels = decoder(from.codes + i * 128 + q / 2 * 64 + half * 32, q % 2);
+        store(panel + q * 64 + half * 32, _mm256_andnot_si256(spilled, _mm256_sllv_epi32(levels, shift)));
+      }
+    }
+}
+
+const Kernels* avx2_kernels() {
+  static const Kernels narrow = {3, 1, 0, 4 * narrow_sixteenth, 256 * 1024, avx2_range, avx2_encode, decode_narrow, any_narrow, nullptr, avx2_finish};
+  static const Kernels kernels = {3, 1, 0, panel_chunk, 256 * 1024, avx2_range, avx2_encode, avx2_decode, any_wide, nullptr, avx2_finish, &narrow};
+  return &kernels;
+}
+
+double avx2_rounds(int64_t rounds) {  // the narrow way: four sums of bytes, one widening
+  const __m256i x = _mm256_set1_epi8(3), w = _mm256_set1_epi8(1);
+  __m256i sum[6];
+  for (__m256i& s : sum) s = _mm256_setzero_si256();
+  for (int64_t round = 0; round < rounds; round++)
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; i++) {
+      __m256i small = _mm256_maddubs_epi16(x, w);
+#pragma GCC unroll 3
+      for (int q = 1; q < 4; q++) {
+        __m256i more = x;
+        __asm__("" : "+x"(more));  // or the products would be computed once
+        small = _mm256_add_epi16(small, _mm256_maddubs_epi16(more, w));
+      }
+      sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(small, w));
+      __asm__ volatile("" : "+x"(sum[i]));
+    }
+  return static_cast<double>(rounds) * 6 * 4 * 32;
+}
+
+}  // namespace halfbyte
+
+#else
+
+namespace halfbyte {
+const Kernels* avx2_kernels() { return nullptr; }
+double avx2_rounds(int64_t) { return 0; }
+}  // namespace halfbyte
+
+#endif

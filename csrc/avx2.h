@@ -1,0 +1,13 @@
+// AVX2: what its two forms, with and without VNNI, share.
+#pragma once
+
+#include "kernels.h"
+
+namespace halfbyte {
+
+void avx2_range(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* range);
+void avx2_encode(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
+void avx2_finish(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);
+void avx2_decode(const Nibbles& from, uint8_t* panel);  // shifted int8
+
+}  // namespace halfbyte

@@ -1,0 +1,176 @@
+// AVX512-VNNI: the micro-kernels. A dot product instruction takes 4 neighbours along K of 16 output channels from the panel, and the
+// same 4 of one input row, repeated.
+#include "dispatch.h"
+
+#if defined(__AVX512VNNI__)
+
+#include <immintrin.h>
+
+#include "avx512.h"
+
+namespace halfbyte {
+namespace {
+
+constexpr int tile_rows = 12, tile_blocks = 2;
+
+static inline __m512i four_of_a_row(const uint8_t* bytes) {
+  int32_t four;
+  std::memcpy(&four, bytes, 4);
+  return _mm512_set1_epi32(four);
+}
+
+template <int R, int B>
+void tile(const uint8_t* const* row, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int32_t* sums) {
+  __m512i sum[R][B];
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < B; b++) sum[r][b] = _mm512_setzero_si512();
+  for (int64_t segment = 0; segment < walk.segments; segment++) {
+    const int64_t offset = walk.offsets[segment];
+    const uint8_t* from[R];
+    for (int r = 0; r < R; r++) from[r] = row[r] + offset;
+    const uint8_t* weights = panel + segment * walk.chunks * panel_chunk;
+    for (int64_t k = 0; k < walk.quads * 4; k += 4) {
+      __m512i w[B];
+      for (int b = 0; b < B; b++) w[b] = _mm512_loadu_si512(weights + k * 16 + b * panel_stride);
+      for (int r = 0; r < R; r++) {
+        const __m512i x = four_of_a_row(from[r] + k);
+        for (int b = 0; b < B; b++) sum[r][b] = _mm512_dpbusd_epi32(sum[r][b], x, w[b]);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < B; b++) _mm512_storeu_si512(sums + (r * tile_blocks + b) * 16, sum[r][b]);
+}
+
+using Tile = void (*)(const uint8_t* const*, const Walk&, const uint8_t*, int64_t, int32_t*);
+
+template <int B>
+constexpr Tile tiles[tile_rows] = {tile<1, B>, tile<2, B>, tile<3, B>, tile<4, B>,  tile<5, B>,  tile<6, B>,
+                                   tile<7, B>, tile<8, B>, tile<9, B>, tile<10, B>, tile<11, B>, tile<12, B>};
+
+void any_tile(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks, int32_t* sums) {
+  (blocks == 2 ? tiles<2> : tiles<1>)[count - 1](row, walk, panel, panel_stride, sums);
+}
+
+// ---- decoding ---------------------------------------------------------------------------------------------------------------
+
+struct Decoder {
+  __m512i levels;
+
+  explicit Decoder(const GridTable& grid)
+      : levels(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(grid.levels)))) {}
+
+  // Two quads from 64 bytes of nibbles.
+  void split(const uint8_t* codes, __m512i* early, __m512i* late) const {
+    const __m512i low = _mm512_set1_epi8(15), pairs = _mm512_loadu_si512(codes);
+    *early = _mm512_shuffle_epi8(levels, _mm512_and_si512(pairs, low));
+    *late = _mm512_shuffle_epi8(levels, _mm512_and_si512(_mm512_srli_epi32(pairs, 4), low));
+  }
+};
+
+// The shifts of 16 channels as left shifts of 32-bit lanes, and the bits that stay in each byte.
+struct Shift {
+  __m512i count, kept;
+
+  Shift(const uint8_t* shifts, int sixteenth) {
+    const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(shifts + sixteenth / 2 * 16));
+    const __m512i wide = _mm512_cvtepu8_epi32(pairs);
+    count = sixteenth % 2 ? _mm512_srli_epi32(wide, 4) : _mm512_and_si512(wide, _mm512_set1_epi32(15));
+    const __m128i masks = _mm_setr_epi8(-1, -2, -4, -8, -16, -32, -64, -128, 0, 0, 0, 0, 0, 0, 0, 0);  // 0xff << shift
+    const __m512i spread = _mm512_shuffle_epi8(count, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
+    kept = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(masks), spread);
+  }
+  __m512i operator()(__m512i levels) const { return _mm512_and_si512(_mm512_sllv_epi32(levels, count), kept); }
+};
+
+void decode(const Nibbles& from, uint8_t* panel) {
+  const Decoder decoder(*from.grid);
+  for (int64_t i = 0; i < from.chunks; i++) {
+    const uint8_t* codes = from.codes + i * (panel_chunk / 2);
+    for (int sixteenth = 0; sixteenth < 4; sixteenth++, codes += 128, panel += 256) {
+      __m512i quad[4];
+      decoder.split(codes, &quad[0], &quad[1]);
+      decoder.split(codes + 64, &quad[2], &quad[3]);
+      if (from.shifts) {
+        const Shift shift(from.shifts + i * shift_chunk, sixteenth);
+        for (__m512i& levels : quad) levels = shift(levels);
+      }
+      for (int q = 0; q < 4; q++) _mm512_storeu_si512(panel + q * 64, quad[q]);
+    }
+  }
+}
+
+// ---- few rows: bound by reading the weights, decoded in registers -----------------------------------------------------------
+
+template <int R, bool Shifted>
+void thin_block(const uint8_t* const* row, const Walk& walk, const Nibbles& from, int32_t* sums, int stride) {
+  const Decoder decoder(*from.grid);
+  __m512i sum[R][2];
+  for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
+  const uint8_t *codes = from.codes, *shifts = from.shifts;
+  for (int64_t segment = 0; segment < walk.segments; segment++) {
+    const int64_t offset = walk.offsets[segment];
+    for (int64_t k = 0; k < walk.chunks * chunk; k += 16, codes += 128) {
+      __m512i quad[4];
+      decoder.split(codes, &quad[0], &quad[1]);
+      decoder.split(codes + 64, &quad[2], &quad[3]);
+      _mm_prefetch(reinterpret_cast<const char*>(codes + 2048), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes + 2048 + 64), _MM_HINT_T0);
+      if (Shifted) {
+        const Shift shift(shifts, k / 16 % 4);
+        for (__m512i& levels : quad) levels = shift(levels);
+        if (k % chunk == 48) shifts += shift_chunk;
+      }
+      for (int r = 0; r < R; r++)
+        for (int q = 0; q < 4; q++)
+          sum[r][q % 2] = _mm512_dpbusd_epi32(sum[r][q % 2], four_of_a_row(row[r] + offset + k + q * 4), quad[q]);
+    }
+  }
+  for (int r = 0; r < R; r++) _mm512_storeu_si512(sums + r * stride, _mm512_add_epi32(sum[r][0], sum[r][1]));
+}
+
+using Thin = void (*)(const uint8_t* const*, const Walk&, const Nibbles&, int32_t*, int);
+
+template <bool S>
+constexpr Thin thins[tile_rows] = {thin_block<1, S>, thin_block<2, S>, thin_block<3, S>, thin_block<4, S>,  thin_block<5, S>,  thin_block<6, S>,
+                                   thin_block<7, S>, thin_block<8, S>, thin_block<9, S>, thin_block<10, S>, thin_block<11, S>, thin_block<12, S>};
+
+void thin(const uint8_t* const* row, int count, const Walk& walk, const Nibbles& from, int blocks, int32_t* sums) {
+  Nibbles one = from;
+  for (int b = 0; b < blocks; b++) {
+    (from.shifts ? thins<true> : thins<false>)[count - 1](row, walk, one, sums + b * block_channels, tile_blocks * block_channels);
+    one.codes += from.chunks * (panel_chunk / 2);
+    if (one.shifts) one.shifts += from.chunks * shift_chunk;
+  }
+}
+
+}  // namespace
+
+const Kernels* avx512_kernels() {
+  static const Kernels kernels = {tile_rows, tile_blocks, tile_rows, panel_chunk, 512 * 1024, avx512_range, avx512_encode, decode, any_tile, thin, avx512_finish};
+  return &kernels;
+}
+
+double avx512_rounds(int64_t rounds) {
+  const __m512i x = _mm512_set1_epi8(3), w = _mm512_set1_epi8(1);
+  __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a, e = a, f = a, g = a, h = a, i = a, j = a, k = a, l = a;
+  for (int64_t round = 0; round < rounds; round++) {  // 12 independent sums hide the latency
+    a = _mm512_dpbusd_epi32(a, x, w), b = _mm512_dpbusd_epi32(b, x, w), c = _mm512_dpbusd_epi32(c, x, w);
+    d = _mm512_dpbusd_epi32(d, x, w), e = _mm512_dpbusd_epi32(e, x, w), f = _mm512_dpbusd_epi32(f, x, w);
+    g = _mm512_dpbusd_epi32(g, x, w), h = _mm512_dpbusd_epi32(h, x, w), i = _mm512_dpbusd_epi32(i, x, w);
+    j = _mm512_dpbusd_epi32(j, x, w), k = _mm512_dpbusd_epi32(k, x, w), l = _mm512_dpbusd_epi32(l, x, w);
+    __asm__ volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d), "+v"(e), "+v"(f), "+v"(g), "+v"(h), "+v"(i), "+v"(j), "+v"(k), "+v"(l));
+  }
+  return static_cast<double>(rounds) * 12 * 64;
+}
+
+}  // namespace halfbyte
+
+#else
+
+namespace halfbyte {
+const Kernels* avx512_kernels() { return nullptr; }
+double avx512_rounds(int64_t) { return 0; }
+}  // namespace halfbyte
+
+#endif

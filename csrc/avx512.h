@@ -1,0 +1,13 @@
+// AVX-512: inputs to bytes, and sums to outputs.
+#pragma once
+
+#include "kernels.h"
+
+namespace halfbyte {
+
+void avx512_range(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* range);
+void avx512_encode(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
+
+void avx512_finish(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);
+
+}  // namespace halfbyte

@@ -1,0 +1,159 @@
+// The engine as a Python module. Everything a caller can get wrong is answered here, or in cpu.py, with a sentence; a
+// std::invalid_argument of the core becomes a ValueError. Tensors come as addresses, so that no version of torch is linked: cpu.py
+// has checked their device, dtype and strides, and here their sizes are compared with what the packed weights say.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "halfbyte.h"
+
+namespace nb = nanobind;
+namespace hb = halfbyte;
+
+namespace {
+
+using Bytes = nb::ndarray<uint8_t, nb::c_contig, nb::device::cpu>;
+using Sizes = std::array<int64_t, 13>;  // inputs, outputs, kernel h w, stride h w, dilation h w, pad top bottom left right, groups
+
+template <typename... Parts>
+std::string sentence(Parts... parts) {
+  std::string text;
+  ((text += [](auto part) {
+     if constexpr (std::is_arithmetic_v<decltype(part)>) return std::to_string(part);
+     else return std::string(part);
+   }(parts)), ...);
+  return text;
+}
+
+void require(bool good, const std::string& text) {
+  if (!good) throw std::invalid_argument(text);
+}
+
+hb::Layer layer_of(const Sizes& sizes) {
+  hb::Layer layer;
+  layer.inputs = sizes[0], layer.outputs = sizes[1];
+  int* const places[] = {&layer.kernel_h,   &layer.kernel_w, &layer.stride_h,   &layer.stride_w, &layer.dilation_h, &layer.dilation_w,
+                         &layer.pad_top,    &layer.pad_bottom, &layer.pad_left, &layer.pad_right, &layer.groups};
+  for (size_t i = 0; i < 11; ++i) {
+    require(sizes[i + 2] >= 0 && sizes[i + 2] < (1 << 30), sentence("a layer cannot have the size ", sizes[i + 2]));
+    *places[i] = static_cast<int>(sizes[i + 2]);
+  }
+  return layer;
+}
+
+hb::WeightFormat weight_format(const std::string& grid, int max_shift, int subgroup) {
+  return {hb::grid_of(grid), max_shift, subgroup};
+}
+
+hb::Dtype dtype_of(int code) {
+  require(0 <= code && code <= 2, sentence("dtype code ", code, " is none of 0 float32, 1 bfloat16, 2 float16"));
+  return static_cast<hb::Dtype>(code);
+}
+
+size_t bytes_of_codes(const hb::Layer& layer, const hb::WeightFormat& format) {
+  const size_t k = static_cast<size_t>(hb::contraction(layer));
+  return static_cast<size_t>(layer.outputs) * (format.grid == hb::Grid::int8 ? k : (k + 1) / 2);
+}
+
+size_t bytes_of_shifts(const hb::Layer& layer, const hb::WeightFormat& format) {
+  if (format.max_shift == 0) return 0;
+  const size_t groups = (static_cast<size_t>(hb::contraction(layer)) + format.subgroup - 1) / format.subgroup;
+  return static_cast<size_t>(layer.outputs) * ((groups + 1) / 2);
+}
+
+void check_bytes(const char* what, size_t found, size_t expected) {
+  require(found == expected, sentence("the layer needs ", expected, " bytes of ", what, "; got ", found));
+}
+
+void pack(const Sizes& sizes, const std::string& grid, int max_shift, int subgroup, const Bytes& codes,
+          const std::optional<Bytes>& shifts, const Bytes& packed) {
+  const hb::Layer layer = layer_of(sizes);
+  const hb::WeightFormat format = weight_format(grid, max_shift, subgroup);
+  check_bytes("packed weights", packed.size(), hb::packed_bytes(layer, format));
+  check_bytes("codes", codes.size(), bytes_of_codes(layer, format));
+  check_bytes("shifts", shifts ? shifts->size() : 0, bytes_of_shifts(layer, format));
+  nb::gil_scoped_release unlocked;
+  hb::pack_weights(layer, format, codes.data(), shifts ? shifts->data() : nullptr, packed.data());
+}
+
+void unpack(const Bytes& packed, const Bytes& codes, const std::optional<Bytes>& shifts) {
+  hb::Layer layer;
+  hb::WeightFormat format;
+  hb::describe_packed(packed.data(), packed.size(), &layer, &format);
+  check_bytes("codes", codes.size(), bytes_of_codes(layer, format));
+  check_bytes("shifts", shifts ? shifts->size() : 0, bytes_of_shifts(layer, format));
+  nb::gil_scoped_release unlocked;
+  hb::unpack_weights(packed.data(), codes.data(), shifts ? shifts->data() : nullptr);
+}
+
+// address, dtype code, images, height, width, channels, image stride, row stride, pixel stride
+using InputArguments = std::array<int64_t, 9>;
+// grid (a value of hb::Grid), max_shift, subgroup, top, truncate
+using FormatArguments = std::array<int64_t, 5>;
+// address, dtype code, pixel stride
+using OutputArguments = std::array<int64_t, 3>;
+
+hb::Input input_of(const InputArguments& given) {
+  return {reinterpret_cast<const void*>(given[0]), dtype_of(static_cast<int>(given[1])), given[2], given[3], given[4], given[5],
+          given[6], given[7], given[8]};
+}
+
+hb::InputFormat input_format(const FormatArguments& given, std::optional<std::array<double, 2>> fixed) {
+  require(0 <= given[0] && given[0] <= static_cast<int64_t>(hb::Grid::uint8), sentence("grid code ", given[0], " is none"));
+  hb::InputFormat format;
+  format.grid = static_cast<hb::Grid>(given[0]);
+  format.max_shift = static_cast<int>(given[1]), format.subgroup = static_cast<int>(given[2]);
+  format.top = static_cast<int>(given[3]), format.truncate = given[4] != 0;
+  if (fixed) {
+    format.fixed = true;
+    format.scale = static_cast<float>((*fixed)[0]), format.zero = static_cast<int>((*fixed)[1]);
+  }
+  return format;
+}
+
+// addresses of uint8 (bytes,), float32 (outputs,) and float32 (outputs,) or 0
+void forward(const InputArguments& x, const FormatArguments& given, const std::optional<std::array<double, 2>>& fixed, size_t packed,
+             size_t bytes, size_t weight_scale, size_t bias, const OutputArguments& y, int threads) {
+  const auto* weights = reinterpret_cast<const uint8_t*>(packed);
+  const hb::Input input = input_of(x);
+  const hb::InputFormat format = input_format(given, fixed);
+  const hb::Output output = {reinterpret_cast<void*>(y[0]), dtype_of(static_cast<int>(y[1])), y[2]};
+  hb::Layer layer;
+  hb::WeightFormat stored;
+  hb::describe_packed(weights, bytes, &layer, &stored);
+  require(input.channels == layer.inputs, sentence("the layer takes ", layer.inputs, " channels; the input has ", input.channels));
+  require(output.pixel_stride >= layer.outputs, "the output is narrower than the layer");
+  nb::gil_scoped_release unlocked;
+  hb::forward({hb::default_isa(), threads, hb::parallel_for}, input, format, weights, reinterpret_cast<const float*>(weight_scale),
+              reinterpret_cast<const float*>(bias), output);
+}
+
+}  // namespace
+
+NB_MODULE(_engine, m) {
+  m.attr("LONGEST_K") = hb::longest_k;
+  m.def("grid_code", [](const std::string& name) { return static_cast<int>(hb::grid_of(name)); });
+  m.def("isa", [] { return std::string(hb::isa_name(hb::default_isa())); });
+  m.def("available_isas", [] {
+    nb::list names;
+    for (int i = 0; i < hb::isa_count; ++i)
+      if (hb::isa_available(static_cast<hb::Isa>(i))) names.append(hb::isa_name(static_cast<hb::Isa>(i)));
+    return names;
+  });
+  m.def("parallel_runtime", [] { return std::string(hb::parallel_runtime()); });
+  m.def("integer_limit", [](double seconds) { return hb::integer_limit(hb::default_isa(), seconds); },
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("packed_bytes", [](const Sizes& sizes, const std::string& grid, int max_shift, int subgroup) {
+    return hb::packed_bytes(layer_of(sizes), weight_format(grid, max_shift, subgroup));
+  });
+  m.def("pack", &pack, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
+  m.def("unpack", &unpack, nb::arg(), nb::arg(), nb::arg().none());
+  m.def("forward", &forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+}

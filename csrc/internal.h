@@ -1,0 +1,39 @@
+// What the parts of the engine tell each other.
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace halfbyte {
+
+// A product, resolved: where everything lies.
+struct Problem {
+  const uint8_t* quantized;
+  const uint8_t* packed;
+  QuantizedHeader inputs;
+  PackedHeader weights;
+  const float* scales;
+  const int32_t* zeros;
+  const float* weight_scale;
+  const float* bias;
+  int64_t out_height, out_width, rows;  // rows: output pixels of all images
+
+  // Where the window of an output pixel starts, in bytes from `quantized`.
+  int64_t row_offset(int64_t row) const {
+    const int64_t x = row % out_width, y = row / out_width % out_height, image = row / out_width / out_height;
+    return pixel_offset(inputs, image, y * weights.layer.stride_h, x * weights.layer.stride_w);
+  }
+};
+
+void scalar_range(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* range);
+void scalar_encode(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
+void scalar_finish(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);
+void scalar_product(const Run& run, const Problem& problem, const Output& output);
+
+// Memory of this thread that outlives the call, aligned to 64; contents are left from earlier uses. Slots are independent.
+enum class Slot { input, panel, rows, sums };
+constexpr int slot_count = 4;
+uint8_t* scratch(Slot slot, size_t bytes);
+
+}  // namespace halfbyte

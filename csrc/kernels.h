@@ -1,0 +1,83 @@
+// What an instruction set brings: one table of functions for each, made in a translation unit of its own with its own compiler flags.
+#pragma once
+
+#include "layout.h"
+
+namespace halfbyte {
+
+// Extremes of some input values. low <= 0 <= high; absmax is the largest magnitude's bit pattern, above infinity's where there is a NaN.
+struct Range {
+  float low = 0, high = 0;
+  uint32_t absmax = 0;
+};
+
+// How the values of one image become bytes: u = level(x * reciprocal + zero) + offset.
+struct Encoding {
+  const InputFormat* format;
+  const GridTable* grid;
+  float reciprocal;  // NaN where the image holds a NaN or an infinity
+  float zero;        // of unsigned grids
+  int offset;        // 128 for signed grids, else 0
+};
+
+// How 32-bit sums of a row become outputs: (sum - zero * colsum[n]) * (scale * weight_scale[n]) + bias[n].
+struct Epilogue {
+  const int32_t* colsum;
+  const float* weight_scale;
+  const float* bias;  // or null
+  int columns;        // valid ones of the tile
+};
+
+// K as the micro-kernels walk it. Offsets are in bytes from a row's first byte.
+struct Walk {
+  const int64_t* offsets;        // of segments
+  int64_t segments;
+  int64_t quads;                 // of a segment: 4-byte steps that are needed
+  int64_t chunks;                // of a segment, as stored
+  const int64_t* chunk_offsets;  // of all chunks, for kernels that take K in steps: chunks first .. last-1, added to the sums unless first is 0
+  int64_t first, last;
+};
+
+// The tile of sums of `count` rows becomes outputs; zeros and scales are those of the rows' images.
+struct Rows {
+  int count;
+  const int32_t* zeros;
+  const float* scales;
+  char* out;           // of the first row's first column
+  int64_t out_stride;  // bytes
+  Dtype dtype;
+};
+
+// Packed nibbles of neighbouring blocks, from their first chunk.
+struct Nibbles {
+  const uint8_t* codes;
+  const uint8_t* shifts;  // null without shifts
+  int64_t chunks;         // of a block: the next block's codes are chunks * panel_chunk / 2 further
+  const GridTable* grid;
+};
+
+struct Kernels {
+  int rows, blocks;      // of a tile: input rows, blocks of 16 output channels. A tile's sums are (rows, 16 * blocks) int32
+  int thin_rows;         // `thin` takes at most this many; 0: there is none
+  int chunk_bytes;       // of a panel, for each chunk
+  int64_t panel_budget;  // bytes of the panels of one task: about half of the L2 cache
+  // Widens a range by some values; where only absmax is asked for, the rest may stay as it is.
+  void (*range)(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* range);
+  void (*encode)(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
+  // One tiled block of nibbles to a panel.
+  void (*decode)(const Nibbles& from, uint8_t* panel);
+  // Sums over the walk for `count` rows and `blocks` panels, which lie panel_stride bytes apart.
+  void (*tile)(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks, int32_t* sums);
+  // The same straight from nibbles.
+  void (*thin)(const uint8_t* const* row, int count, const Walk& walk, const Nibbles& from, int blocks, int32_t* sums);
+  void (*finish)(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);
+  const Kernels* narrow = nullptr;  // others for tiled nibbles with levels of at most `narrow_level`
+  int even_rows = 0;                // `tile` reads rows in runs of this many, evenly spaced; the driver copies others together
+  int step = 0;                     // chunks of K that `tile` takes at once, so that the rows stay in L1; 0: all
+  void (*begin)() = nullptr;        // around the calls of one task
+  void (*end)() = nullptr;
+};
+
+constexpr int narrow_level = 16;
+
+}  // namespace halfbyte

@@ -1,0 +1,203 @@
+// Weights from the order of the checkpoint to the order of the kernels, and back.
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "layout.h"
+
+namespace halfbyte {
+namespace {
+
+constexpr char packed_magic[8] = {'h', 'b', 'p', 'a', 'c', 'k', '0', '1'};
+
+// Calls visit(output channel, k, block, chunk, k in the chunk, channel in the block) for every weight of a layer.
+template <typename Visit>
+void each_weight(const PackedHeader& h, Visit visit) {
+  const int64_t segment_chunks = h.segment_chunks();
+  for (int64_t output = 0; output < h.layer.outputs; output++) {
+    const int64_t group = output / h.group_outputs, inside = output % h.group_outputs;
+    const int64_t block = group * h.group_blocks + inside / block_channels;
+    for (int64_t k = 0; k < h.segments * h.length; k++) {
+      const int64_t segment = k / h.length, rest = k % h.length;
+      visit(output, k, block, segment * segment_chunks + rest / chunk, rest % chunk, inside % block_channels);
+    }
+  }
+}
+
+// Where a code lies in the tiles: byte offset from the first code.
+int64_t code_byte(const PackedHeader& h, int64_t block, int64_t at_chunk, int64_t k, int64_t channel, bool bytes) {
+  const int64_t quad = k / 4, lane = channel * 4 + k % 4;
+  if (bytes) return (block * h.chunks + at_chunk) * panel_chunk + quad * 64 + lane;
+  return (block * h.chunks + at_chunk) * (panel_chunk / 2) + quad / 2 * 64 + lane;
+}
+
+int64_t shift_byte(const PackedHeader& h, int64_t block, int64_t at_chunk, int64_t k, int64_t channel) {
+  return (block * h.chunks + at_chunk) * shift_chunk + k / 32 * block_channels + channel;
+}
+
+void set_nibble(uint8_t& byte, bool high, int value) {
+  byte = static_cast<uint8_t>(high ? (byte & 0x0f) | value << 4 : (byte & 0xf0) | value);
+}
+
+int64_t subgroups(const PackedHeader& h) { return (contraction(h.layer) + h.format.subgroup - 1) / h.format.subgroup; }
+
+int64_t code_row(const PackedHeader& h) {
+  const int64_t k = contraction(h.layer);
+  return table_of(h.format.grid).bits == 8 ? k : (k + 1) / 2;
+}
+
+int64_t shift_row(const PackedHeader& h) { return h.format.max_shift ? (subgroups(h) + 1) / 2 : 0; }
+
+int disk_code(const PackedHeader& h, const uint8_t* codes, int64_t output, int64_t k) {
+  const uint8_t* row = codes + output * code_row(h);
+  return table_of(h.format.grid).bits == 8 ? row[k] : nibble(row, k);
+}
+
+int disk_shift(const PackedHeader& h, const uint8_t* shifts, int64_t output, int64_t k) {
+  return h.format.max_shift ? nibble(shifts + output * shift_row(h), k / h.format.subgroup) : 0;
+}
+
+int weight_of(const PackedHeader& h, int code, int shift) {
+  return decode_code(code, table_of(h.format.grid)) * (1 << shift);
+}
+
+void check(const Layer& layer, const WeightFormat& format) {
+  const GridTable& grid = table_of(format.grid);
+  const bool positive = layer.inputs > 0 && layer.outputs >= 0 && layer.groups > 0 && layer.kernel_h > 0 && layer.kernel_w > 0 &&
+                        layer.stride_h > 0 && layer.stride_w > 0 && layer.dilation_h > 0 && layer.dilation_w > 0;
+  if (!positive) throw std::invalid_argument("a layer needs sizes of at least 1");
+  if (layer.inputs % layer.groups || layer.outputs % layer.groups)
+    throw std::invalid_argument("the channels of a grouped layer must be a multiple of its groups");
+  if (std::min({layer.pad_top, layer.pad_bottom, layer.pad_left, layer.pad_right}) < 0)
+    throw std::invalid_argument("padding must not be negative");
+  if (contraction(layer) > longest_k)
+    throw std::invalid_argument("the engine sums at most " + std::to_string(longest_k) + " products, this layer has K = " + std::to_string(contraction(layer)));
+  if (!grid.is_signed) throw std::invalid_argument(std::string("weights need a signed grid, got ") + grid.name);
+  if (format.max_shift < 0 || grid.top << format.max_shift > 127 || (format.max_shift && (grid.bits == 8 || format.grid == Grid::int4)))
+    throw std::invalid_argument(std::string("weights of grid ") + grid.name + " cannot carry shifts up to " + std::to_string(format.max_shift));
+  if (format.subgroup < 1) throw std::invalid_argument("a subgroup holds at least 1 value");
+}
+
+}  // namespace
+
+int64_t contraction(const Layer& layer) { return int64_t{layer.kernel_h} * layer.kernel_w * (layer.inputs / layer.groups); }
+
+PackedHeader plan_packed(const Layer& layer, const WeightFormat& format) {
+  check(layer, format);
+  PackedHeader h{};
+  std::memcpy(h.magic, packed_magic, sizeof h.magic);
+  h.layer = layer, h.format = format;
+  const bool adjacent = layer.kernel_w == 1 || (layer.dilation_w == 1 && layer.groups == 1);
+  h.segments = adjacent ? layer.kernel_h : layer.kernel_h * layer.kernel_w;
+  h.length = contraction(layer) / h.segments;
+  h.chunks = h.segments * ((h.length + chunk - 1) / chunk);
+  h.group_outputs = layer.outputs / layer.groups;
+  h.group_blocks = (h.group_outputs + block_channels - 1) / block_channels;
+  const bool aligned = !format.max_shift || (format.subgroup % 16 == 0 && (h.segments == 1 || h.length % 16 == 0));
+  const int64_t padded = h.blocks() * block_channels * h.chunks * chunk, real = layer.outputs * contraction(layer);
+  h.tiled = aligned && padded <= real + std::max(real / 2, int64_t{64 * 1024});
+  const bool bytes = table_of(format.grid).bits == 8;
+  const int64_t code_bytes = h.tiled ? (bytes ? padded : padded / 2) : layer.outputs * code_row(h);
+  const int64_t shift_bytes = !format.max_shift ? 0 : h.tiled ? h.blocks() * h.chunks * shift_chunk : layer.outputs * shift_row(h);
+  h.codes = round_up(sizeof h, 64);
+  h.shifts = h.codes + round_up(code_bytes, 64);
+  h.sums = h.shifts + round_up(shift_bytes, 64);
+  h.bytes = h.sums + round_up(h.blocks() * block_channels * 4, 64);
+  return h;
+}
+
+PackedHeader packed_header(const uint8_t* packed) {
+  PackedHeader h;
+  std::memcpy(&h, packed, sizeof h);
+  if (std::memcmp(h.magic, packed_magic, sizeof h.magic) != 0) throw std::invalid_argument("these bytes are no packed weights");
+  return h;
+}
+
+size_t packed_bytes(const Layer& layer, const WeightFormat& format) { return static_cast<size_t>(plan_packed(layer, format).bytes); }
+
+void describe_packed(const uint8_t* packed, size_t bytes, Layer* layer, WeightFormat* format) {
+  if (bytes < sizeof(PackedHeader)) throw std::invalid_argument("these bytes are no packed weights");
+  const PackedHeader h = packed_header(packed);
+  if (static_cast<size_t>(h.bytes) != bytes) throw std::invalid_argument("packed weights were cut short");
+  *layer = h.layer, *format = h.format;
+}
+
+void pack_weights(const Layer& layer, const WeightFormat& format, const uint8_t* codes, const uint8_t* shifts, uint8_t* packed) {
+  const PackedHeader h = plan_packed(layer, format);
+  const bool bytes = table_of(format.grid).bits == 8;
+  std::memset(packed, 0, static_cast<size_t>(h.bytes));
+  std::memcpy(packed, &h, sizeof h);
+  int32_t sum = 0;
+  int worst = 0;
+  each_weight(h, [&](int64_t output, int64_t k, int64_t block, int64_t at_chunk, int64_t at, int64_t channel) {
+    const int code = disk_code(h, codes, output, k), shift = disk_shift(h, shifts, output, k);
+    worst = std::max(worst, shift);
+    sum = (k ? sum : 0) + weight_of(h, code, std::min(shift, 7));
+    std::memcpy(packed + h.sums + (block * block_channels + channel) * 4, &sum, 4);
+    if (!h.tiled) return;
+    uint8_t& place = packed[h.codes + code_byte(h, block, at_chunk, at, channel, bytes)];
+    if (bytes) {
+      place = static_cast<uint8_t>(code);
+    } else {
+      set_nibble(place, at / 4 % 2, code);
+    }
+    if (format.max_shift) set_nibble(packed[h.shifts + shift_byte(h, block, at_chunk, at, channel)], at / 16 % 2, shift);
+  });
+  if (worst > format.max_shift)
+    throw std::invalid_argument("a shift of " + std::to_string(worst) + " is beyond the layer's largest, " + std::to_string(format.max_shift));
+  if (h.tiled) return;
+  std::memcpy(packed + h.codes, codes, static_cast<size_t>(layer.outputs * code_row(h)));
+  if (format.max_shift) std::memcpy(packed + h.shifts, shifts, static_cast<size_t>(layer.outputs * shift_row(h)));
+}
+
+void unpack_weights(const uint8_t* packed, uint8_t* codes, uint8_t* shifts) {
+  const PackedHeader h = packed_header(packed);
+  const bool bytes = table_of(h.format.grid).bits == 8;
+  const size_t code_bytes = static_cast<size_t>(h.layer.outputs * code_row(h));
+  const size_t shift_bytes = static_cast<size_t>(h.layer.outputs * shift_row(h));
+  if (!h.tiled) {
+    std::memcpy(codes, packed + h.codes, code_bytes);
+    if (shift_bytes) std::memcpy(shifts, packed + h.shifts, shift_bytes);
+    return;
+  }
+  std::memset(codes, 0, code_bytes);
+  if (shift_bytes) std::memset(shifts, 0, shift_bytes);
+  each_weight(h, [&](int64_t output, int64_t k, int64_t block, int64_t at_chunk, int64_t at, int64_t channel) {
+    const int byte = packed[h.codes + code_byte(h, block, at_chunk, at, channel, bytes)];
+    uint8_t* row = codes + output * code_row(h);
+    if (bytes) {
+      row[k] = static_cast<uint8_t>(byte);
+    } else {
+      set_nibble(row[k / 2], k % 2, byte >> (at / 4 % 2 * 4) & 15);
+    }
+    if (shift_bytes && k % h.format.subgroup == 0) {
+      const int64_t subgroup = k / h.format.subgroup;
+      const int pair = packed[h.shifts + shift_byte(h, block, at_chunk, at, channel)];
+      set_nibble(shifts[output * shift_row(h) + subgroup / 2], subgroup % 2, pair >> (at / 16 % 2 * 4) & 15);
+    }
+  });
+}
+
+void decode_block(const uint8_t* packed, const PackedHeader& h, int64_t block, int8_t* panel) {
+  const bool bytes = table_of(h.format.grid).bits == 8;
+  const uint8_t *codes = packed + h.codes, *shifts = packed + h.shifts;
+  const int64_t first = block % h.group_blocks * block_channels, segment_chunks = h.segment_chunks();
+  std::memset(panel, 0, static_cast<size_t>(h.panel_bytes()));
+  for (int64_t channel = 0; channel < std::min<int64_t>(block_channels, h.group_outputs - first); channel++) {
+    const int64_t output = block / h.group_blocks * h.group_outputs + first + channel;
+    for (int64_t k = 0; k < h.segments * h.length; k++) {
+      const int64_t at_chunk = k / h.length * segment_chunks + k % h.length / chunk, at = k % h.length % chunk;
+      int code, shift = 0;
+      if (h.tiled) {
+        const int byte = codes[code_byte(h, block, at_chunk, at, channel, bytes)];
+        code = bytes ? byte : byte >> (at / 4 % 2 * 4) & 15;
+        if (h.format.max_shift) shift = shifts[shift_byte(h, block, at_chunk, at, channel)] >> (at / 16 % 2 * 4) & 15;
+      } else {
+        code = disk_code(h, codes, output, k), shift = disk_shift(h, shifts, output, k);
+      }
+      panel[at_chunk * panel_chunk + at / 4 * 64 + channel * 4 + at % 4] = static_cast<int8_t>(weight_of(h, code, shift));
+    }
+  }
+}
+
+}  // namespace halfbyte

@@ -1,0 +1,114 @@
+// The oracle: every step as plainly as it can be said. Runs anywhere; fast instruction sets must agree with it to the last bit.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "floats.h"
+#include "internal.h"
+
+namespace halfbyte {
+namespace {
+
+// A whole number at a shift: the nearest level << shift.
+int round_shifted(int value, int shift, const GridTable& grid) {
+  return round_to_grid(std::ldexp(static_cast<float>(value), -shift), grid) * (1 << shift);
+}
+
+int cut(int value, int shift, const GridTable& grid) {
+  const int kept = std::min(std::abs(value) >> shift, grid.top) << shift;
+  return value < 0 ? -kept : kept;
+}
+
+// Leading-zero suppression: the smallest shift at which the largest magnitude is no longer, in bits, than the table's top; or one more,
+// where that lowers the squared error. See quantizers.round_with_shifts.
+void round_subgroup(int* values, int64_t count, const InputFormat& format, const GridTable& grid) {
+  int largest = 0;
+  for (int64_t i = 0; i < count; i++) largest = std::max(largest, std::abs(values[i]));
+  const int flag = std::clamp(bit_length(largest) - bit_length(grid.top), 0, format.max_shift);
+  if (format.truncate) {
+    for (int64_t i = 0; i < count; i++) values[i] = cut(values[i], flag, grid);
+    return;
+  }
+  const int more = std::min(flag + 1, format.max_shift);
+  int64_t low_error = 0, high_error = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t low = round_shifted(values[i], flag, grid) - values[i], high = round_shifted(values[i], more, grid) - values[i];
+    low_error += low * low, high_error += high * high;
+  }
+  const int shift = high_error < low_error ? more : flag;
+  for (int64_t i = 0; i < count; i++) values[i] = round_shifted(values[i], shift, grid);
+}
+
+}  // namespace
+
+void scalar_range(const void* values, Dtype dtype, int64_t count, bool, Range* range) {
+  for (int64_t i = 0; i < count; i++) {
+    const float value = load(values, dtype, i);
+    range->absmax = std::max(range->absmax, bits_of_float(value) & 0x7fffffff);
+    range->low = std::min(range->low, value), range->high = std::max(range->high, value);
+  }
+}
+
+void scalar_encode(const void* values, Dtype dtype, int64_t count, const Encoding& e, uint8_t* out) {
+  const InputFormat& format = *e.format;
+  const int64_t step = format.max_shift ? format.subgroup : 64;
+  int integers[1024];
+  for (int64_t start = 0; start < count; start += step) {
+    const int64_t length = std::min(step, count - start);
+    for (int64_t i = 0; i < length; i++) {
+      const float scaled = load(values, dtype, start + i) * e.reciprocal;
+      const float units = (std::isfinite(scaled) ? scaled : 0.0f) + (e.grid->is_signed ? 0.0f : e.zero);
+      const float top = static_cast<float>(format.top);
+      integers[i] = format.max_shift ? static_cast<int>(std::clamp(std::nearbyintf(units), e.grid->is_signed ? -top : 0.0f, top))
+                                     : round_to_grid(units, *e.grid);
+    }
+    if (format.max_shift) round_subgroup(integers, length, format, *e.grid);
+    for (int64_t i = 0; i < length; i++) out[start + i] = static_cast<uint8_t>(integers[i] + e.offset);
+  }
+}
+
+void scalar_finish(const int32_t* sums, int sum_stride, const Epilogue& e, const Rows& rows) {
+  for (int r = 0; r < rows.count; r++)
+    for (int n = 0; n < e.columns; n++) {
+      const uint32_t correction = static_cast<uint32_t>(rows.zeros[r]) * static_cast<uint32_t>(e.colsum[n]);
+      const float total = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sums[r * sum_stride + n]) - correction));
+      const float y = total * (rows.scales[r] * e.weight_scale[n]);
+      store(rows.out + r * rows.out_stride, rows.dtype, n, e.bias ? y + e.bias[n] : y);
+    }
+}
+
+void scalar_product(const Run& run, const Problem& p, const Output& output) {
+  struct Context {
+    const Problem& p;
+    const Output& output;
+  } context{p, output};
+  run.parallel(static_cast<int>(p.weights.blocks()), run.threads, [](void* raw, int block) {
+    const auto& [p, output] = *static_cast<Context*>(raw);
+    const PackedHeader& w = p.weights;
+    const QuantizedHeader& q = p.inputs;
+    std::vector<int8_t> panel(static_cast<size_t>(w.panel_bytes()));
+    decode_block(p.packed, w, block, panel.data());
+    const int64_t group = block / w.group_blocks, inside = block % w.group_blocks * block_channels;
+    const int64_t channels = std::min<int64_t>(block_channels, w.group_outputs - inside), first = group * w.group_outputs + inside;
+    int32_t colsum[block_channels];
+    std::memcpy(colsum, p.packed + w.sums + block * block_channels * 4, sizeof colsum);
+    const Epilogue epilogue{colsum, p.weight_scale + first, p.bias ? p.bias + first : nullptr, static_cast<int>(channels)};
+    for (int64_t row = 0; row < p.rows; row++) {
+      const uint8_t* x = p.quantized + p.row_offset(row) + group * (w.layer.inputs / w.layer.groups);
+      uint32_t sums[block_channels] = {};
+      for (int64_t segment = 0; segment < w.segments; segment++) {
+        const uint8_t* from = x + segment_offset(w, q, segment);
+        for (int64_t k = 0; k < w.length; k++) {
+          const int8_t* quad = panel.data() + (segment * w.segment_chunks() + k / chunk) * panel_chunk + k % chunk / 4 * 64 + k % 4;
+          for (int64_t n = 0; n < channels; n++) sums[n] += static_cast<uint32_t>(from[k] * quad[n * 4]);
+        }
+      }
+      const int64_t image = row / (p.out_height * p.out_width);
+      char* out = static_cast<char*>(output.data) + (row * output.pixel_stride + first) * size_of(output.dtype);
+      const Rows one{1, p.zeros + image, p.scales + image, out, 0, output.dtype};
+      scalar_finish(reinterpret_cast<int32_t*>(sums), 0, epilogue, one);
+    }
+  }, &context);
+}
+
+}  // namespace halfbyte

@@ -1,0 +1,41 @@
+#include "harness.h"
+
+namespace halfbyte {
+
+int failures = 0, checks = 0;
+
+void test_grids();
+void test_floats();
+void test_packing();
+void test_refusals();
+void test_quantize();
+void test_ties();
+void test_linear();
+void test_extremes();
+void test_conv();
+void test_shapes_of_models();
+void test_zero_sizes();
+void test_misaligned();
+void test_concurrent_callers();
+
+}  // namespace halfbyte
+
+int main(int count, char** arguments) {
+  using namespace halfbyte;
+  const struct {
+    const char* name;
+    void (*run)();
+  } tests[] = {{"grids", test_grids},     {"floats", test_floats}, {"packing", test_packing},      {"refusals", test_refusals},   {"quantize", test_quantize},
+               {"ties", test_ties},       {"linear", test_linear}, {"extremes", test_extremes},    {"conv", test_conv},           {"models", test_shapes_of_models},
+               {"zero", test_zero_sizes}, {"misaligned", test_misaligned}, {"concurrent", test_concurrent_callers}};
+  for (const auto& test : tests) {
+    if (count > 1 && std::string(arguments[1]) != test.name) continue;
+    const int before = failures, so_far = checks;
+    test.run();
+    std::printf("%-12s %8d checks, %d failed\n", test.name, checks - so_far, failures - before);
+  }
+  std::printf("instruction sets:");
+  for (Isa isa : fast_isas()) std::printf(" %s", isa_name(isa));
+  std::printf("; %d failures\n", failures);
+  return failures != 0;
+}

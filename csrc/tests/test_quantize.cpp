@@ -1,0 +1,95 @@
+// Quantized inputs of every instruction set against the scalar oracle, to the last bit.
+#include "harness.h"
+
+namespace halfbyte {
+
+namespace {
+
+constexpr Dtype dtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
+
+struct Read {
+  std::vector<int16_t> integers;
+  std::vector<float> scales;
+};
+
+Read quantize_with(const Run& run, const Input& input, const InputFormat& format, const Layer& layer) {
+  std::vector<uint8_t> memory(quantized_bytes(input, layer) + 64);
+  uint8_t* quantized = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  quantize(run, input, format, layer, quantized);
+  Read read{std::vector<int16_t>(static_cast<size_t>(input.images * input.height * input.width * input.channels)),
+            std::vector<float>(static_cast<size_t>(input.images))};
+  read_quantized(quantized, read.integers.data(), read.scales.data());
+  return read;
+}
+
+bool same_floats(const std::vector<float>& a, const std::vector<float>& b) {
+  for (size_t i = 0; i < a.size(); i++)
+    if (bits_of_float(a[i]) != bits_of_float(b[i]) && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
+  return true;
+}
+
+void compare(const Input& input, const InputFormat& format, const Layer& layer) {
+  const Read expected = quantize_with(Run{}, input, format, layer);
+  for (Isa isa : fast_isas())
+    for (int threads : {1, 3}) {
+      const Read got = quantize_with(Run{isa, threads, parallel_for}, input, format, layer);
+      const std::string what = std::string(isa_name(isa)) + " quantizes " + describe(format) + ", " + std::to_string(input.channels) + " channels";
+      check(got.integers == expected.integers, what + ": integers");
+      check(same_floats(got.scales, expected.scales), what + ": scales");
+    }
+}
+
+// Two subgroups of whole numbers with scale 1: every magnitude, every saturation.
+void test_every_shift(const InputFormat& format) {
+  const GridTable& grid = table_of(format.grid);
+  const int limit = grid.is_signed ? format.top : 255;
+  Layer layer;
+  layer.inputs = 128, layer.outputs = 1;
+  std::vector<float> values;
+  for (int largest = 0; largest <= limit; largest++)
+    for (int i = 0; i < 128; i++) {
+      const float magnitude = i % 64 == 0 ? static_cast<float>(largest) : static_cast<float>(uniform(0, largest));
+      values.push_back(grid.is_signed && uniform(0, 1) ? -magnitude : magnitude);
+    }
+  InputFormat fixed = format;
+  fixed.fixed = true, fixed.scale = 1.0f, fixed.zero = 0;
+  compare({values.data(), Dtype::float32, limit + 1, 1, 1, 128, 128, 128, 128}, fixed, layer);
+}
+
+}  // namespace
+
+void test_quantize() {
+  for (const InputFormat& format : input_formats()) {
+    for (Dtype dtype : dtypes)
+      for (int64_t channels : {1, 7, 15, 16, 17, 33, 64, 100, 1030}) {
+        Layer layer;
+        layer.inputs = channels, layer.outputs = 1;
+        const Images images(dtype, 24, 1, 1, channels, uniform(0, 3), uniform(0, 2));
+        compare(images.input, format, layer);
+      }
+    if (format.max_shift) test_every_shift(format);
+    Layer padded;
+    padded.inputs = 24, padded.outputs = 1, padded.kernel_h = padded.kernel_w = 3, padded.pad_left = 1, padded.pad_bottom = 2;
+    const Images images(Dtype::bfloat16, 3, 40, 37, 24);
+    compare(images.input, format, padded);
+  }
+}
+
+// The nearest float32 below and above every tie of every table.
+void test_ties() {
+  for (const InputFormat& format : input_formats()) {
+    if (format.max_shift || format.fixed) continue;
+    const GridTable& grid = table_of(format.grid);
+    std::vector<float> values;
+    for (float middle = 0; middle < static_cast<float>(format.top); middle += 0.5f)
+      for (float value : {middle, std::nextafter(middle, -1.0f), std::nextafter(middle, 999.0f)})
+        for (float sign : {1.0f, -1.0f}) values.push_back(grid.is_signed ? sign * value : value);
+    Layer layer;
+    layer.inputs = static_cast<int64_t>(values.size()), layer.outputs = 1;
+    InputFormat fixed = format;
+    fixed.fixed = true, fixed.scale = 1.0f, fixed.zero = 0;
+    compare({values.data(), Dtype::float32, 1, 1, 1, layer.inputs, layer.inputs, layer.inputs, layer.inputs}, fixed, layer);
+  }
+}
+
+}  // namespace halfbyte

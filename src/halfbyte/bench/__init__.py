@@ -1,0 +1,1 @@
+"""How fast this machine runs packed layers, beside what else it could run: `halfbyte bench`."""

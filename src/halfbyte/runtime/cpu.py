@@ -1,0 +1,135 @@
+"""The CPU backend: which packed layers the C++ engine takes, and how a layer is handed to it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halfbyte.errors import PackedError
+from halfbyte.formats import get_grid
+from halfbyte.layers import TRANSPOSED, matrix_shape
+from halfbyte.packing import check_rows
+from halfbyte.recipe import ActivationSpec, LayerSpec
+from halfbyte.runtime import engine
+
+FLOAT_INPUT = "its input stays in float"
+SEVERAL_SETS = "it holds several sets of weights"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the engine runs one layer; plain numbers, so that a compiled graph can hold them."""
+
+    sizes: tuple[int, ...]  # inputs, outputs, kernel, stride, dilation (h, w each), padding (top, bottom, left, right), groups
+    format: tuple[int, ...]  # of the input: grid code, max_shift, subgroup, top, truncate
+    grow: tuple[int, ...]  # F.pad's argument where the padding is not with zeros; else empty
+    grow_mode: str
+
+
+def hindrance_of(spec: LayerSpec) -> str | None:
+    """Why the engine takes no layer of this spec; None where it does."""
+    return FLOAT_INPUT if spec.activation is None else SEVERAL_SETS if spec.weight.sets > 1 else None
+
+
+def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
+    """How the engine runs a packed layer, or why it cannot and the reference backend does."""
+    if engine.MISSING:
+        return "the C++ engine cannot run"
+    if isinstance(layer, TRANSPOSED):
+        return "the C++ engine has no transposed convolutions"
+    if spec.activation is None:
+        return FLOAT_INPUT
+    if spec.weight.sets > 1:
+        return SEVERAL_SETS
+    if matrix_shape(layer)[1] > engine.longest_k():
+        return f"its dot products are longer than {engine.longest_k()}"
+    if isinstance(layer, nn.Linear):
+        sizes: tuple[int, ...] = (layer.in_features, layer.out_features, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1)
+        return Plan(sizes, _input_format(spec.activation), (), "")
+    before, after = _padding(layer)
+    zeros = layer.padding_mode == "zeros"
+    one = (1,) * (2 - len(layer.kernel_size))  # a Conv1d is a Conv2d of height 1
+    shape = (*one, *layer.kernel_size, *one, *layer.stride, *one, *layer.dilation)
+    none = (0,) * len(one)
+    ends = zip((*none, *before), (*none, *after), strict=True) if zeros else ((0, 0), (0, 0))
+    sizes = (layer.in_channels, layer.out_channels, *shape, *(end for pair in ends for end in pair), layer.groups)
+    grow = () if zeros else tuple(end for pair in zip(reversed(before), reversed(after), strict=True) for end in pair)
+    return Plan(sizes, _input_format(spec.activation), grow, layer.padding_mode)
+
+
+def _input_format(spec: ActivationSpec) -> tuple[int, ...]:
+    return engine.grid_code(get_grid(spec.grid).name), spec.max_shift, spec.subgroup, spec.top, int(spec.rounding == "truncate")
+
+
+def _padding(layer: Any) -> tuple[list[int], list[int]]:
+    """Padding before and after each spatial axis; 'same' puts the odd one after, as torch does."""
+    if layer.padding == "valid":
+        return [0] * len(layer.kernel_size), [0] * len(layer.kernel_size)
+    if layer.padding == "same":
+        total = [dilation * (kernel - 1) for dilation, kernel in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [each // 2 for each in total], [each - each // 2 for each in total]
+    return list(layer.padding), list(layer.padding)
+
+
+def make_tiles(layer: Any) -> Tensor:
+    """A layer's codes and shifts in the order the engine reads them: uint8 (bytes,).
+
+    Raises:
+        CorruptError: when they have the wrong sizes. PackedError: when the engine cannot use them.
+    """
+    weight, (_, count) = layer.spec.weight, matrix_shape(layer)
+    codes, shifts = layer.weight_codes, layer.weight_shift
+    check_rows(codes, count, get_grid(weight.grid).bits)
+    if shifts is not None:
+        check_rows(shifts, -(-count // weight.subgroup), 4)
+    return engine.pack(codes, shifts, *weight_arguments(layer))
+
+
+def weight_arguments(layer: Any) -> tuple[tuple[int, ...], str, int, int]:
+    """How the engine is told what a layer's codes mean: sizes, grid, max_shift, subgroup."""
+    weight = layer.spec.weight
+    return layer.plan.sizes, get_grid(weight.grid).name, weight.max_shift, weight.subgroup
+
+
+def from_tiles(layer: Any, tiles: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The inverse of `make_tiles`: `weight_codes` and `weight_shift`, bit for bit."""
+    weight, (rows, count) = layer.spec.weight, matrix_shape(layer)
+    width = (count + 1) // 2 if get_grid(weight.grid).bits == 4 else count
+    groups = -(-count // weight.subgroup)
+    codes = torch.empty((rows, width), dtype=torch.uint8)
+    shifts = torch.empty((rows, (groups + 1) // 2), dtype=torch.uint8) if weight.max_shift else None
+    engine.unpack(tiles, codes, shifts)
+    return codes, shifts
+
+
+def forward(layer: Any, plan: Plan, x: Tensor) -> Tensor:
+    """A whole packed layer: float input to float output, in the engine.
+
+    Raises:
+        PackedError: when the input does not have the layer's number of channels, or is smaller than its kernel.
+    """
+    linear = isinstance(layer, nn.Linear)
+    axis = -1 if linear else -1 - len(layer.kernel_size)
+    fits = x.ndim >= 1 if linear else x.ndim in (-axis, 1 - axis)
+    if not fits or x.shape[axis] != plan.sizes[0]:
+        raise PackedError(f"{layer} takes {plan.sizes[0]} channels; got an input of shape {tuple(x.shape)}")
+    fixed = layer.fixed_scale()
+    calibrated = () if fixed is None else (fixed.scale, fixed.zero)
+    weights = layer.tiles(), layer.weight_scale, layer.bias, plan.format, *calibrated
+    if linear:
+        return torch.ops.halfbyte.linear(x, *weights)  # type: ignore[no-any-return]
+    images = F.pad(x, plan.grow, mode=plan.grow_mode) if plan.grow else x
+    spatial, single = len(layer.kernel_size), x.ndim == len(layer.kernel_size) + 1
+    images = images.unsqueeze(0) if single else images
+    images = images.unsqueeze(2) if spatial == 1 else images
+    channels_last = spatial == 2 and layer.makes_channels_last(x)
+    y: Tensor = torch.ops.halfbyte.conv2d(images, plan.sizes, channels_last, *weights)
+    y = y.squeeze(2) if spatial == 1 else y
+    return y.squeeze(0) if single else y
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the engine takes an input; the reference backend runs the others."""
+    return x.device.type == "cpu" and x.dtype in engine.DTYPES

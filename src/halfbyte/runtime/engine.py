@@ -1,0 +1,186 @@
+"""The C++ engine (csrc/) as torch operators that `torch.compile` knows.
+
+    halfbyte::linear    x (..., K)        -> (..., N)             in the dtype of x
+    halfbyte::conv2d    x (B, C, H, W)    -> (B, N, H', W')       in the dtype of x; channels-last or contiguous, as asked
+    halfbyte::pack      codes, shifts     -> (bytes,)             uint8: the weights of both, re-ordered
+
+The first two quantize their input, multiply exactly in integers with weights that stay 4-bit in memory, scale and add the bias.
+A row of a linear input, or an image of a convolution, that holds a NaN or an infinity comes out as NaN, and no other does.
+
+The engine links no torch: tensors cross as addresses. What it must be able to rely on (device, dtype, strides) is checked or made
+here; sizes are compared in the bindings. Threads: as many as `torch.get_num_threads()` says, in the OpenMP pool torch has loaded.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import HalfbyteError, PackedError
+
+try:
+    import halfbyte.runtime._engine as _engine
+except ModuleNotFoundError:
+    MISSING: str | None = "it was not built; run pip install . in halfbyte's folder, with a C++ compiler at hand"
+except ImportError as error:  # the stand-in says what was missing when halfbyte was installed
+    MISSING = str(error)
+else:
+    MISSING = None
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LIMIT_SECONDS = 0.2  # how long the machine's integer limit is measured
+
+LIBRARY = torch.library.Library("halfbyte", "DEF")
+_WEIGHTS = "Tensor tiles, Tensor weight_scale, Tensor? bias, int[] format"
+_FIXED = "Tensor? scale=None, Tensor? zero=None"  # of the input, one value each, where they were calibrated
+LIBRARY.define(f"linear(Tensor x, {_WEIGHTS}, {_FIXED}) -> Tensor")
+LIBRARY.define(f"conv2d(Tensor x, int[] sizes, bool channels_last, {_WEIGHTS}, {_FIXED}) -> Tensor")
+
+
+def _linear(x: Tensor, *weights: Any) -> Tensor:
+    y = _linear_output(x, *weights)
+    if y.numel():
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        count, channels = rows.shape
+        _call(rows, (count, 1, 1, channels, *[rows.stride(0)] * 3), y, *weights)
+    return y
+
+
+def _linear_output(x: Tensor, _tiles: Tensor, weight_scale: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+def _conv2d(x: Tensor, sizes: Sequence[int], channels_last: bool, *weights: Any) -> Tensor:
+    y = _conv2d_output(x, sizes, True)
+    if y.numel():
+        images = x.contiguous(memory_format=torch.channels_last)
+        count, channels, height, width = x.shape
+        strides = (height * width * channels, width * channels, channels)  # those of axes of length 1 may say anything
+        _call(images, (count, height, width, channels, *strides), y, *weights)
+    return y if channels_last else y.contiguous()
+
+
+def _conv2d_output(x: Tensor, sizes: Sequence[int], channels_last: bool, *_: Any) -> Tensor:
+    outputs, kernel, stride, dilation, ends = sizes[1], sizes[2:4], sizes[4:6], sizes[6:8], sizes[8:12]
+    height, width = (
+        (x.shape[2 + axis] + ends[2 * axis] + ends[2 * axis + 1] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
+        for axis in (0, 1)
+    )
+    if height < 1 or width < 1:
+        raise PackedError(f"a kernel of {kernel[0]}x{kernel[1]} does not fit into an image of {x.shape[2]}x{x.shape[3]}")
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((x.shape[0], outputs, height, width), dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _call(
+    x: Tensor,
+    extent: tuple[int, ...],
+    y: Tensor,
+    tiles: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    format: Sequence[int],
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+) -> None:
+    """One call of the engine.
+
+    Args:
+        x, y: channels innermost. extent: images, height, width and channels of x, and the strides of the first three.
+    """
+    outputs = weight_scale.shape[0]
+    if weight_scale.dtype != torch.float32 or not weight_scale.is_contiguous() or weight_scale.numel() != outputs:
+        raise PackedError(f"weight scales must be float32 ({outputs}, 1); got {weight_scale.dtype} {tuple(weight_scale.shape)}")
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+    fixed = None if scale is None else (scale.item(), 0 if zero is None else zero.item())
+    try:
+        _engine.forward(
+            (x.data_ptr(), DTYPES[x.dtype], *extent),
+            format,
+            fixed,
+            tiles.data_ptr(),
+            tiles.numel(),
+            weight_scale.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            (y.data_ptr(), DTYPES[y.dtype], outputs),
+            torch.get_num_threads(),
+        )
+    except ValueError as error:
+        raise PackedError(f"the C++ engine refuses: {error}") from error
+
+
+LIBRARY.impl("linear", _linear, "CPU")
+LIBRARY.impl("conv2d", _conv2d, "CPU")
+torch.library.register_fake("halfbyte::linear", _linear_output, lib=LIBRARY)
+torch.library.register_fake("halfbyte::conv2d", _conv2d_output, lib=LIBRARY)
+
+
+def pack(codes: Tensor, shifts: Tensor | None, sizes: Sequence[int], grid: str, max_shift: int, subgroup: int) -> Tensor:
+    """Codes and shifts in the order the engine reads: uint8 (bytes,), which describe themselves.
+
+    Args:
+        codes, shifts: as docs/format.md has them. sizes: of the layer (`cpu.Plan`).
+    Raises:
+        PackedError: when they are not on the CPU, have another size than the layer asks for, or a shift is too large.
+    """
+    if codes.device.type != "cpu":
+        raise PackedError(f"the input is on the CPU and the layer's codes are on {codes.device}; move the model with .to('cpu')")
+    with torch.inference_mode(False):
+        try:
+            tiles = torch.empty(_engine.packed_bytes(sizes, grid, max_shift, subgroup), dtype=torch.uint8)
+            stored = codes.contiguous(), None if shifts is None else shifts.contiguous()
+            _engine.pack(sizes, grid, max_shift, subgroup, *stored, tiles)
+        except ValueError as error:
+            raise PackedError(f"the stored codes cannot be used: {error}") from error
+    return tiles
+
+
+def _pack_output(codes: Tensor, _shifts: Tensor | None, *weight: Any) -> Tensor:
+    return codes.new_empty(_engine.packed_bytes(*weight))
+
+
+LIBRARY.define("pack(Tensor codes, Tensor? shifts, int[] sizes, str grid, int max_shift, int subgroup) -> Tensor")
+LIBRARY.impl("pack", pack, "CPU")
+torch.library.register_fake("halfbyte::pack", _pack_output, lib=LIBRARY)
+
+
+def unpack(tiles: Tensor, codes: Tensor, shifts: Tensor | None) -> None:
+    """The inverse of `pack`, into tensors of the right sizes."""
+    _engine.unpack(tiles.cpu(), codes, shifts)
+
+
+def grid_code(name: str) -> int:
+    """The engine's number of a grid."""
+    return _engine.grid_code(name)
+
+
+def longest_k() -> int:
+    """The longest dot product whose sum surely fits int32."""
+    return _engine.LONGEST_K
+
+
+def check() -> None:
+    """Raises HalfbyteError when HALFBYTE_ISA names an instruction set that is none, or that this machine lacks."""
+    try:
+        _engine.isa()
+    except ValueError as error:
+        raise HalfbyteError(str(error)) from error
+
+
+def instruction_sets() -> list[str]:
+    """What HALFBYTE_ISA may say on this machine, the slowest first."""
+    return _engine.available_isas()
+
+
+def describe() -> str:
+    """The instruction set and the threads in words."""
+    others = ", ".join(name for name in instruction_sets() if name != _engine.isa())
+    return f"instructions {_engine.isa()} (also here: {others}); {torch.get_num_threads()} threads of {_engine.parallel_runtime()}"
+
+
+def integer_limit() -> float:
+    """Integer operations a second (a multiply-add is two) that this machine's instructions reach with all of torch's threads."""
+    return 2 * _engine.integer_limit(LIMIT_SECONDS) * torch.get_num_threads()

@@ -1,0 +1,270 @@
+"""The C++ engine computes what the reference backend computes, bit for bit, on every grid and on awkward shapes."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from halfbyte.errors import PackedError
+from halfbyte.formats import GRIDS
+from halfbyte.layers import FAKE_QUANT
+from halfbyte.quantizers import FixedScale
+from halfbyte.recipe import INT8, PRESETS, ActivationSpec, LayerSpec, WeightSpec
+from halfbyte.runtime import cpu, engine
+from halfbyte.runtime.layers import pack_layer
+from halfbyte.runtime.ops import quantized_forward
+
+pytestmark = [
+    pytest.mark.skipif(engine.MISSING is not None, reason=f"the C++ engine cannot run: {engine.MISSING}"),
+    pytest.mark.usefixtures("cpu_backend"),
+]
+
+RUNNING = {name: grid for name, grid in GRIDS.items() if not grid.simulated_only}
+WEIGHTS = [
+    WeightSpec(name, max_shift=shift, scale="absmax")
+    for name, grid in RUNNING.items()
+    if grid.signed
+    for shift in sorted({0, grid.largest_shift})
+]
+WEIGHTS += [WeightSpec("lzs4", max_shift=4, subgroup=32), WeightSpec("e2m1", max_shift=2, subgroup=7)]
+ACTIVATIONS = [
+    ActivationSpec(name, max_shift=shift, zero_point=not grid.signed)
+    for name, grid in RUNNING.items()
+    for shift in sorted({0, grid.largest_shift})
+]
+ACTIVATIONS += [
+    ActivationSpec("lzs4", max_shift=4, subgroup=32),
+    ActivationSpec("ue1m3", max_shift=3, subgroup=5, zero_point=True),
+    ActivationSpec("lzs4", max_shift=4, peak=127, rounding="truncate"),
+    ActivationSpec("int8", peak=100),
+]
+ACTIVATIONS += [ActivationSpec(name, zero_point=not grid.signed, scale="static") for name, grid in RUNNING.items()]
+ACTIVATIONS += [ActivationSpec("ue1m3", max_shift=2, zero_point=True, scale="static")]
+SPECS = [LayerSpec(WEIGHTS[i % len(WEIGHTS)], activation) for i, activation in enumerate(ACTIVATIONS)]
+SPECS += [LayerSpec(weight, ACTIVATIONS[-1 - i % len(ACTIVATIONS)]) for i, weight in enumerate(WEIGHTS)]
+QUARTZ = PRESETS["quartz-w4a4"].inner
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+LAYERS = {  # layer, shapes of its inputs: around the sizes of tiles, registers and cache lines
+    "linear": (lambda: nn.Linear(130, 70), [(1, 130), (3, 130), (17, 130), (2, 5, 130), (130,), (0, 130)]),
+    "linear narrow": (lambda: nn.Linear(300, 1), [(1, 300), (16, 300), (33, 300)]),
+    "linear short": (lambda: nn.Linear(3, 65, bias=False), [(1, 3), (31, 3)]),
+    "linear one": (lambda: nn.Linear(1, 1), [(1, 1), (5, 1)]),
+    "linear round": (lambda: nn.Linear(128, 64), [(64, 128), (1, 128)]),
+    "linear long": (lambda: nn.Linear(4100, 17), [(2, 4100), (33, 4100)]),
+    "conv 3x3": (
+        lambda: nn.Conv2d(20, 33, 3, padding=1),
+        [(2, 20, 7, 5), (20, 4, 4), (1, 20, 1, 1), (0, 20, 3, 3), (1, 20, 17, 3)],
+    ),
+    "conv stride": (lambda: nn.Conv2d(16, 24, 3, stride=2, padding=1), [(1, 16, 8, 8), (2, 16, 9, 7)]),
+    "conv 1x1": (lambda: nn.Conv2d(19, 20, 1), [(2, 19, 5, 3), (1, 19, 1, 1)]),
+    "conv grouped": (lambda: nn.Conv2d(12, 18, (3, 2), groups=3, dilation=(1, 2), bias=False), [(2, 12, 6, 7)]),
+    "conv depthwise": (lambda: nn.Conv2d(9, 9, 3, groups=9, padding=(0, 2)), [(2, 9, 5, 4)]),
+    "conv even same": (lambda: nn.Conv2d(6, 8, (2, 4), padding="same"), [(2, 6, 5, 6)]),
+    "conv valid": (lambda: nn.Conv2d(6, 8, 3, padding="valid"), [(2, 6, 5, 6)]),
+    "conv circular": (lambda: nn.Conv2d(6, 8, 3, padding=(2, 1), padding_mode="circular"), [(2, 6, 5, 6), (6, 5, 6)]),
+    "conv reflect": (lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"), [(2, 6, 5, 6)]),
+    "conv replicate": (lambda: nn.Conv2d(6, 8, 4, padding="same", padding_mode="replicate"), [(2, 6, 5, 6)]),
+    "conv1d": (lambda: nn.Conv1d(10, 12, 5, stride=3, padding=2, groups=2), [(2, 10, 11), (10, 6)]),
+    "conv1d replicate": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="replicate"), [(2, 4, 5)]),
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def pack(layer, spec=QUARTZ):
+    """A packed twin with random codes of its own, every one of them and every shift."""
+    trainable = FAKE_QUANT[type(layer)].from_float(layer.requires_grad_(False), spec)
+    if spec.activation is not None and spec.activation.scale == "static":  # some values beyond both ends
+        trainable.fix_scale(FixedScale(torch.tensor([2.5 / spec.activation.top]), torch.tensor([spec.activation.top // 3])))
+    made = pack_layer(trainable)
+    assert isinstance(made.plan, cpu.Plan), made.plan
+    return made
+
+
+def make(name, spec=QUARTZ, seed=0):
+    torch.manual_seed(seed)
+    build, shapes = LAYERS[name]
+    return pack(build(), spec), [torch.randn(shape) * 3 + 0.5 for shape in shapes]
+
+
+def reference(packed, x):
+    return quantized_forward(packed, x, packed.levels(), packed.weight_scale, packed.bias, packed.spec.activation, packed.fixed_scale())
+
+
+def test_the_engine_is_here():
+    assert engine.describe().startswith("instructions ")
+
+
+def test_the_specs_cover_every_grid():
+    assert {spec.weight.grid for spec in SPECS} == {name for name, grid in RUNNING.items() if grid.signed}
+    assert {spec.activation.grid for spec in SPECS} == set(RUNNING)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's, of its own copy
+@every_layer
+@pytest.mark.parametrize("spec", SPECS, ids=LayerSpec.describe)
+def test_bit_for_bit_the_reference(name, spec, monkeypatch):
+    packed, inputs = make(name, spec)
+    expected = {(i, dtype): reference(packed, x.to(dtype)) for i, x in enumerate(inputs) for dtype in FLOATS}
+    for isa in engine.instruction_sets():
+        monkeypatch.setenv("HALFBYTE_ISA", isa)
+        for (i, dtype), y in expected.items():
+            found = packed(inputs[i].to(dtype))
+            assert (found.dtype, found.shape) == (dtype, y.shape)
+            assert torch.equal(found, y)
+
+
+@st.composite
+def problems(draw):
+    spec = LayerSpec(draw(st.sampled_from(WEIGHTS)), draw(st.sampled_from(ACTIVATIONS)))
+    if draw(st.booleans()):
+        inputs, outputs, rows = (draw(st.integers(1, most)) for most in (200, 100, 40))
+        return nn.Linear(inputs, outputs), (rows, inputs), spec
+    groups = draw(st.integers(1, 3))
+    inputs, outputs = (groups * draw(st.integers(1, 24)) for _ in "io")
+    kernel, stride, dilation, padding = (tuple(draw(st.integers(low, 3)) for _ in "hw") for low in (1, 1, 1, 0))
+    sides = [draw(st.integers(d * (k - 1) + 1, 9)) for k, d in zip(kernel, dilation, strict=True)]
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups)
+    return layer, (draw(st.integers(1, 3)), inputs, *sides), spec
+
+
+@given(problem=problems(), seed=st.integers(0, 2**31), dtype=st.sampled_from(FLOATS), size=st.integers(-30, 30))
+def test_any_shape_equals_the_reference(problem, seed, dtype, size):
+    layer, shape, spec = problem
+    generator = torch.Generator().manual_seed(seed)
+    packed = pack(layer, spec)
+    x = (torch.randn(shape, generator=generator) * 2.0 ** (size if dtype != torch.float16 else size / 3)).to(dtype)
+    found, expected = packed(x), reference(packed, x)
+    assert torch.equal(found, expected) or torch.equal(found.isfinite(), expected.isfinite())
+
+
+@given(
+    rows=st.lists(
+        st.lists(
+            st.sampled_from([0.0, -0.0, 1e-45, 1e-38, 0.5, 1.0, 3e38, torch.inf, -torch.inf, torch.nan]), min_size=5, max_size=5
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_special_values_come_out_as_in_the_reference(rows):
+    torch.manual_seed(0)
+    for spec in (QUARTZ, INT8, LayerSpec(WeightSpec("int4"), ActivationSpec("uint8", zero_point=True))):
+        packed, x = pack(nn.Linear(5, 3), spec), torch.tensor(rows)
+        found, expected = packed(x), reference(packed, x)
+        assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert torch.equal(found.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("weight", WEIGHTS, ids=WeightSpec.describe)
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 33, 130])
+def test_codes_come_back_bit_for_bit(weight, count):
+    packed = pack(nn.Linear(count, 35), LayerSpec(weight, ActivationSpec("int8")))
+    codes = torch.randint(0, 256, packed.weight_codes.shape, dtype=torch.uint8)
+    if GRIDS[weight.grid].bits == 4 and count % 2:
+        codes[:, -1] &= 15
+    packed.weight_codes = codes.clone()
+    if weight.max_shift:
+        groups = -(-count // weight.subgroup)
+        shifts = torch.randint(0, weight.max_shift + 1, (35, 2 * packed.weight_shift.shape[1]), dtype=torch.uint8)
+        shifts[:, groups:] = 0
+        packed.weight_shift = shifts[:, 0::2] | shifts[:, 1::2] << 4
+        shift = packed.weight_shift.clone()
+    x = torch.randn(2, count)
+    found = packed(x)
+    assert packed._buffers["weight_codes"] is None
+    assert torch.equal(packed.weight_codes, codes)
+    assert not weight.max_shift or torch.equal(packed.weight_shift, shift)
+    assert torch.equal(found, reference(packed, x))
+
+
+def test_a_shift_that_is_too_large_is_refused():
+    packed = pack(nn.Linear(32, 4), LayerSpec(WeightSpec("lzs4", max_shift=3), ActivationSpec("int8")))
+    packed.weight_shift = torch.full_like(packed.weight_shift, 0x77)
+    with pytest.raises(PackedError, match="shift"):
+        packed(torch.randn(1, 32))
+
+
+@every_layer
+def test_layouts_and_places_in_memory_change_nothing(name):
+    packed, inputs = make(name)
+    for x in inputs:
+        expected = packed(x)
+        crowd = torch.full((x.numel() + 3,), torch.nan)
+        for offset in (1, 2, 3):
+            crowd[offset : offset + x.numel()] = x.flatten()
+            assert torch.equal(packed(crowd[offset : offset + x.numel()].view(x.shape)), expected)
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
+        wide[..., ::2] = x
+        assert torch.equal(packed(wide[..., ::2]), expected)
+        if x.ndim > 1:
+            turned = x.transpose(0, -1).contiguous().transpose(0, -1)
+            assert torch.equal(packed(turned), expected)
+
+
+def test_rows_may_lie_apart():
+    packed, _ = make("linear")
+    wide = torch.randn(6, 300)
+    assert torch.equal(packed(wide[:, 40:170]), packed(wide[:, 40:170].contiguous()))
+    assert torch.equal(packed(wide[:1, 40:170].expand(4, -1)), packed(wide[:1, 40:170].contiguous()).expand(4, -1))
+
+
+def test_the_output_of_a_convolution_has_the_layout_of_its_input():
+    packed, (x, *_) = make("conv 3x3")
+    last = torch.channels_last
+    assert packed(x).is_contiguous()
+    assert packed(x.to(memory_format=last)).is_contiguous(memory_format=last)
+    assert torch.equal(packed(x.to(memory_format=last)), packed(x))
+
+
+def test_a_model_that_runs_channels_last_stays_so():
+    """As in torch, what the weights were told decides where the input does not."""
+    last = torch.channels_last
+    layer = nn.Conv2d(4, 8, 3)
+    x = torch.randn(1, 4, 6, 6)
+    assert pack(nn.Conv2d(4, 8, 3).to(memory_format=last))(x).is_contiguous(memory_format=last)
+    packed = pack(layer)
+    for cast in (lambda m: m.to(memory_format=last), lambda m: m.bfloat16(), lambda m: m.to("cpu")):
+        assert cast(packed)(x).is_contiguous(memory_format=last)
+    assert packed.to(memory_format=torch.contiguous_format)(x).is_contiguous()
+
+
+MISFITS = {
+    "linear": (lambda: nn.Linear(8, 4), (2, 7), "takes 8 channels; got an input of shape (2, 7)"),
+    "conv": (lambda: nn.Conv2d(3, 4, 3), (1, 2, 5, 5), "takes 3 channels; got an input of shape (1, 2, 5, 5)"),
+    "small image": (lambda: nn.Conv2d(3, 4, 3), (1, 3, 2, 5), "a kernel of 3x3 does not fit into an image of 2x5"),
+    "scalar": (lambda: nn.Linear(8, 4), (), "takes 8 channels; got an input of shape ()"),
+    "flat image": (lambda: nn.Conv2d(3, 4, 3), (5, 5), "got an input of shape (5, 5)"),
+    "many axes": (lambda: nn.Conv2d(3, 4, 3), (1, 1, 3, 5, 5), "got an input of shape (1, 1, 3, 5, 5)"),
+}
+
+
+@pytest.mark.parametrize(("build", "shape", "words"), MISFITS.values(), ids=MISFITS)
+def test_an_input_that_does_not_fit_is_refused(build, shape, words):
+    with pytest.raises(PackedError) as caught:
+        pack(build())(torch.randn(shape))
+    assert words in str(caught.value)
+
+
+LEFT_OUT = {
+    "transposed": (lambda: nn.ConvTranspose2d(4, 4, 2), INT8, "the C++ engine has no transposed convolutions"),
+    "float input": (lambda: nn.Linear(4, 4), LayerSpec(WeightSpec("int4")), "its input stays in float"),
+    "very long": (lambda: nn.Linear(70000, 1), INT8, "its dot products are longer than 65536"),
+}
+
+
+@pytest.mark.parametrize(("build", "spec", "reason"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_what_the_engine_does_not_take_runs_in_the_reference_and_says_why(build, spec, reason):
+    layer = build().requires_grad_(False)
+    packed = pack_layer(FAKE_QUANT[type(layer)].from_float(layer, spec))
+    assert packed.plan == reason
+    x = torch.randn(1, 4, 3, 3) if isinstance(layer, nn.ConvTranspose2d) else torch.randn(2, layer.in_features)
+    assert torch.equal(packed(x), reference(packed, x))
+    assert packed._buffers["weight_tiles"] is None
+
+
+def test_double_precision_runs_in_the_reference():
+    packed, (x, *_) = make("linear")
+    assert packed(x.double()).dtype == torch.float64
+    assert torch.equal(packed(x.double()), reference(packed, x.double()))
