@@ -12,7 +12,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler, 
 
 import halfbyte as hb
 from halfbyte import api, cli
-from halfbyte.errors import HealError
+from halfbyte.errors import HealError, StoppedError
 from halfbyte.evaluate import float_states, prediction_sqnr, sample_images
 from halfbyte.heal.student import load_student
 from halfbyte.layers import FakeQuant
@@ -232,3 +232,14 @@ def test_bad_folders_end_in_a_sentence(monkeypatch, capsys, folders, tmp_path):
         code, _, err = run(monkeypatch, capsys, "heal", *arguments)
         assert (code, words in err) == (1, True), err
         assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_command_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    def stopped(*arguments, **options):
+        raise StoppedError("stopped at step 7, saved in out.healing; continue with resume (--resume)", 15)
+
+    monkeypatch.setattr("halfbyte.heal.command.heal_folder", stopped)
+    code, _, err = run(monkeypatch, capsys, "heal", tmp_path, "--teacher", tmp_path, "-o", tmp_path / "out")
+    assert code == 128 + 15
+    assert "stopped at step 7" in err
+    assert "nothing was written" not in err
