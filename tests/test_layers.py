@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "halfbyte"
 ROOMS = (
     "errors", "formats", "packing", "recipe", "targets", "quantizers", "timestep", "layers", "metrics", "tracing", "calibration",
     "methods", "checkpoint", "streaming", "runtime", "conversion", "hub", "diffusers_plugin", "transformers_plugin", "api",
-    "evaluate", "heal", "report", "demo", "cli",
+    "evaluate", "heal", "sensitivity", "report", "demo", "cli",
 )
 # fmt: on
 

@@ -87,11 +87,12 @@ def suppress_zeros(row, spec):
 
 
 def slow_activation(x, spec):
-    """Integers (r, p, c) and scales (r, 1, c): stage 1 one block of equal scale at a time, then stage 2 one pixel at a time."""
-    integers, scales, zeros = np.zeros(x.shape), np.zeros((len(x), 1, x.shape[2]), np.float32), np.zeros((len(x), 1, x.shape[2]))
+    """Integers (r, p, c) and scales alike: stage 1 one block of equal scale at a time, then stage 2 one pixel at a time."""
+    integers, scales, zeros = np.zeros(x.shape), np.zeros(x.shape, np.float32), np.zeros(x.shape)
+    pixels = [slice(pixel, pixel + 1) for pixel in range(x.shape[1])] if spec.group else [slice(None)]
     width = spec.group or x.shape[2]
-    for row, start in itertools.product(range(len(x)), range(0, x.shape[2], width)):
-        here = row, slice(None), slice(start, start + width)
+    for row, pixel, start in itertools.product(range(len(x)), pixels, range(0, x.shape[2], width)):
+        here = row, pixel, slice(start, start + width)
         block, zero = x[here], np.float32(0)
         low, high = min(block.min(), np.float32(0)), max(block.max(), np.float32(0))
         scale = (high - low if spec.zero_point else np.abs(block).max()) / np.float32(spec.top)
@@ -126,8 +127,8 @@ def test_activations_are_the_oracle_bit_for_bit(spec):
             continue
         expected, scales = slow_activation(x, spec)
         assert np.array_equal(integers.numpy(), expected), shape
-        assert np.array_equal(scale.expand(shape[0], 1, shape[2]).numpy(), scales), shape
-        assert scale.shape == (shape[0], 1, shape[2] if spec.group else 1)
+        assert np.array_equal(scale.expand(shape).numpy(), scales), shape
+        assert scale.shape == (shape if spec.group else (shape[0], 1, 1))
         assert not integers[integers == 0].signbit().any()
 
 
@@ -151,9 +152,9 @@ def test_a_bad_value_spoils_its_own_row_alone(spec, bad):
     x[1, 1, 3] = bad
     integers, scale = quantize_activation(x, spec)
     spoilt = scale.isnan().expand_as(x)
-    channels = slice(0, spec.group or None)
-    assert spoilt[1, :, channels].all()
-    assert int(spoilt.sum()) == 2 * len(range(20)[channels])
+    pixels, channels = slice(1 if spec.group else 0, None), slice(0, spec.group or None)
+    assert spoilt[1, pixels, channels].all()
+    assert int(spoilt.sum()) == len(range(2)[pixels]) * len(range(20)[channels])
     assert (integers[spoilt] == 0).all()
     assert torch.equal(integers[~spoilt], clean[~spoilt]) or (spec.group and spec.max_shift)  # a subgroup may span two groups
     assert torch.equal(scale[[0, 2, 3]], clean_scale[[0, 2, 3]])

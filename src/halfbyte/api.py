@@ -102,7 +102,8 @@ def _statistics(
         calls = [_as_call(entry) for entry in calibration]
     specs = specs_of(module, recipe)
     hessians = [name for name, spec in specs.items() if spec.weight.rounding == "gptq"]
-    rows = specs if recipe.search is not None and recipe.search.objective == "output" else ()
+    by_output = recipe.smooth == "search" or (recipe.search is not None and recipe.search.objective == "output")
+    rows = specs if by_output else ()
     return collect(module, calls, specs, hessians, rows, seed, _stage(progress, "looking at the layers' inputs"))
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from halfbyte.layers import (
     weight_to_matrix,
 )
 from halfbyte.methods.gptq import gptq
+from halfbyte.methods.low_rank import low_rank_branch
 from halfbyte.methods.msfp import fixed_scale, search_layer
-from halfbyte.methods.smooth import scale_inputs, smooth_factors, weight_absmax
+from halfbyte.methods.smooth import scale_inputs, search_strength, smooth_factors, weight_absmax
 from halfbyte.metrics import sqnr
 from halfbyte.quantizers import FixedScale, weight_scale
 from halfbyte.recipe import LayerSpec, Recipe
@@ -86,6 +88,9 @@ def decide_by(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], De
         matched = next((pattern.pattern for pattern in keep if pattern.search(name)), None)
         if matched is not None:
             return None, f"the recipe keeps {matched!r}"
+        own = next((one for one in recipe.overrides if re.search(one.pattern, name)), None)
+        if own is not None:
+            return own.spec, f"the recipe has a spec for {own.pattern!r}"
         if target.is_edge(name):
             if recipe.edge is None:
                 return None, f"edge layer, kept by the recipe; known from {source}"
@@ -145,7 +150,8 @@ def simulate(
 
     def decide(name: str, layer: nn.Module) -> Decision:
         spec, reason = choose(name, layer)
-        if spec is None or recipe.search is None or target.is_edge(name):
+        own = any(re.search(one.pattern, name) for one in recipe.overrides)
+        if spec is None or recipe.search is None or own or target.is_edge(name):
             return spec, reason
         spec, searched[name] = search_layer(spec, float_matrix(layer), known[name], recipe.search)
         return spec, f"{reason}; {searched[name].one_sided}" if searched[name].one_sided else reason
@@ -190,6 +196,8 @@ def _check_statistics(specs: Mapping[str, LayerSpec], recipe: Recipe, statistics
             raise CalibrationError(
                 f"recipe {recipe.name!r} calibrates the input of {name!r} and needs statistics; pass calibration="
             )
+        if recipe.smooth == "search" and found is not None and found.rows is None:
+            raise CalibrationError(f"recipe {recipe.name!r} searches how far to smooth {name!r}; its statistics need `rows`")
         if compensate and found is not None and found.hessian is None:
             raise CalibrationError(f"recipe {recipe.name!r} compensates {name!r}, whose statistics hold no Hessian; collect it too")
 
@@ -199,17 +207,21 @@ def make_fake_quant(
     name: str,
     layer: Any,
     spec: LayerSpec,
-    smooth: float | None = None,
+    smooth: float | str | None = None,
     statistics: InputStatistics | None = None,
     choice: GridChoice | None = None,
 ) -> Any:
     """The trainable twin of one float layer: smoothed and compensated where asked, with the scales of its spec or of a search.
 
-    Smoothing is folded into the weight of `layer`, on a copy of its own: another layer or an embedding may share the weight.
+    Smoothing and the low-rank branch are taken from the weight of `layer`, on a copy of its own: others may share the weight.
     """
     input_scale = hessian = None
     if smooth is not None and statistics is not None and statistics.channel_absmax is not None:
-        factors = smooth_factors(statistics.channel_absmax, weight_absmax([layer]), smooth)
+        found = partial(smooth_factors, statistics.channel_absmax, weight_absmax([layer]))
+        if smooth == "search":
+            factors = found(search_strength(float_matrix(layer), found, statistics.rows, spec))  # type: ignore[arg-type]
+        else:
+            factors = found(float(smooth))
         layer.weight = nn.Parameter(layer.weight.clone(), layer.weight.requires_grad)
         input_scale = scale_inputs(layer, factors)
     if spec.weight.rounding == "gptq" and statistics is not None and statistics.hessian is not None:
@@ -219,10 +231,14 @@ def make_fake_quant(
             seen = input_scale.double().view(groups, -1)
             seen = seen.repeat(1, count // seen.shape[1])  # K runs over taps, and over the group's channels in each
             hessian = hessian * seen[:, None, :] * seen[:, :, None]
-    kind = FAKE_QUANT[module_kind(layer)]  # type: ignore[index]
+    kind, branch = FAKE_QUANT[module_kind(layer)], None  # type: ignore[index]
+    if spec.low_rank:
+        matrix = float_matrix(layer)
+        branch = low_rank_branch(matrix, spec.low_rank)
+        layer.weight = nn.Parameter(matrix_to_weight(layer, matrix - branch).to(layer.weight.dtype), layer.weight.requires_grad)
     made = kind.from_float(layer, spec) if hessian is None else _compensated(kind, layer, spec, hessian, name)
-    made.input_scale = input_scale
-    if choice is not None:
+    made.input_scale, made.low_rank = input_scale, branch
+    if choice is not None and spec.activation is not None and spec.activation.scale == "static":
         made.fix_scale(FixedScale(torch.tensor([choice.input_scale]), torch.tensor([choice.input_zero])))
     elif spec.activation is not None and spec.activation.scale != "dynamic" and statistics is not None:
         made.fix_scale(fixed_scale(spec.activation, statistics))

@@ -9,12 +9,13 @@ One tie rule serves every grid: a value halfway between two neighbouring levels 
 On contiguous integer grids that is IEEE round-half-to-even; on minifloat grids it is round-to-even-mantissa. Zero always encodes to
 code 0: the negative zero of the sign-magnitude grids (code 8 of 16) decodes to 0 and is never produced.
 
-The floats of 6 and 8 bits exist for comparison: most of their levels are too far apart for 8-bit integers (`simulated_only`).
+The floats of 6 and 8 bits and the codebook nf4 exist for comparison: their levels do not fit 8-bit integers (`simulated_only`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from halfbyte.errors import RecipeError, listed
 
-Coding = Literal["twos-complement", "sign-magnitude", "unsigned"]
+Coding = Literal["twos-complement", "sign-magnitude", "unsigned", "codebook"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,13 @@ class Grid:
     magnitudes: tuple[int, ...] = field(repr=False)
     coding: Coding
     bits: int = 4
+    codebook: tuple[float, ...] = field(default=(), repr=False)  # all levels in ascending order, where they are no integers
 
     @cached_property
-    def levels(self) -> tuple[int, ...]:
-        """The integer each code stands for, by code: 2**bits entries."""
+    def levels(self) -> tuple[float, ...]:
+        """The number each code stands for, by code: 2**bits integers, unless the grid is a codebook."""
+        if self.coding == "codebook":
+            return self.codebook
         if self.coding == "unsigned":
             return self.magnitudes
         if self.coding == "sign-magnitude":
@@ -56,7 +60,7 @@ class Grid:
     @property
     def bottom(self) -> int:
         """Smallest level: 0 when unsigned, else negative."""
-        return min(self.levels)
+        return int(min(self.levels))
 
     @property
     def contiguous(self) -> bool:
@@ -79,14 +83,14 @@ class Grid:
         0 for wider grids, and for int4: with shifts its lone -8 makes rounding twice differ from rounding once. lzs4 is int4
         without the -8, and carries them.
         """
-        if self.bits != 4 or self.coding == "twos-complement":
+        if self.bits != 4 or self.coding in ("twos-complement", "codebook"):
             return 0
         return ((127 if self.signed else 255) // self.top).bit_length() - 1
 
     @property
     def simulated_only(self) -> bool:
         """Whether there is no packed form: codes that are neither nibbles nor bytes, or levels beyond 8 bits."""
-        return self.bits not in (4, 8) or self.top > (127 if self.signed else 255)
+        return self.coding == "codebook" or self.bits not in (4, 8) or self.top > (127 if self.signed else 255)
 
     @property
     def decoded_dtype(self) -> torch.dtype:
@@ -99,6 +103,20 @@ def minifloat(exponent_bits: int, mantissa_bits: int) -> tuple[int, ...]:
     subnormal = range(1 << mantissa_bits)
     normal = ((1 << mantissa_bits | m) << (e - 1) for e in range(1, 1 << exponent_bits) for m in subnormal)
     return (*subnormal, *normal)
+
+
+def _normal_float() -> tuple[float, ...]:
+    """The 16 levels of NF4: quantiles of a normal distribution, 8 from 0 up and 8 up to 0, scaled to end at -1 and 1.
+
+    Source: Dettmers et al. 2023 (QLoRA), appendix E. The outermost probability leaves half a step of both tables outside.
+    """
+    outermost, normal = (1 - 1 / (2 * 15) + 1 - 1 / (2 * 16)) / 2, NormalDist()
+    upper = [normal.inv_cdf(outermost + (0.5 - outermost) * i / 8) for i in range(8)]
+    lower = [-normal.inv_cdf(outermost + (0.5 - outermost) * i / 7) for i in range(7)]
+    return tuple(level / upper[0] for level in (*lower, 0.0, *reversed(upper)))
+
+
+NORMAL_FLOAT = _normal_float()
 
 
 def _minifloats(bits: int, exponents: Sequence[int]) -> list[Grid]:
@@ -115,6 +133,7 @@ GRIDS: dict[str, Grid] = {
         *_minifloats(4, (1, 2, 3)),
         *_minifloats(6, (1, 2, 3, 4)),
         *_minifloats(8, (2, 3, 4, 5)),
+        Grid("nf4", (0, 1), "codebook", codebook=NORMAL_FLOAT),
         Grid("int8", tuple(range(128)), "twos-complement", bits=8),
         Grid("uint8", tuple(range(256)), "unsigned", bits=8),
     )
@@ -154,6 +173,12 @@ def _boundaries(grid: Grid) -> Tensor:
 
 
 @cache
+def _midpoints(grid: Grid) -> Tensor:
+    """Between neighbouring levels of a codebook; a value on one goes to the level below."""
+    return _constant([(a + b) / 2 for a, b in zip(grid.codebook, grid.codebook[1:], strict=False)])
+
+
+@cache
 def _level_table(grid: Grid) -> Tensor:
     return _constant(grid.levels)
 
@@ -171,6 +196,8 @@ def round_to_grid(units: Tensor, grid: Grid) -> Tensor:
     Returns:
         float32 integers of the same shape, never -0.
     """
+    if grid.coding == "codebook":
+        return _level_table(grid).to(units.device)[torch.bucketize(units.contiguous(), _midpoints(grid).to(units.device))]
     if grid.contiguous:
         return units.round().clamp_(grid.bottom, grid.top).add_(0.0)  # + 0.0 turns -0 into 0
     if grid.mantissa_bits and units.dtype == torch.float32:
@@ -196,6 +223,8 @@ def _round_minifloat(units: Tensor, mantissa_bits: int, bottom: int, top: int) -
 
 def levels_to_codes(levels: Tensor, grid: Grid) -> Tensor:
     """Codes (uint8) of values that are levels of the grid already; -128..127 and 0..255 for the 8-bit grids."""
+    if grid.coding == "codebook":
+        return torch.bucketize(levels.contiguous(), _midpoints(grid).to(levels.device)).to(torch.uint8)
     if grid.coding == "twos-complement":
         return (levels.to(torch.int16) & ((1 << grid.bits) - 1)).to(torch.uint8)
     magnitudes = levels.abs().contiguous()  # bucketize warns of copies

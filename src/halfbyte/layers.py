@@ -171,6 +171,7 @@ class FakeQuant(QuantizedLayer):
     weight: Any  # nn.Parameter; with a leading axis (sets,) where there are several
     bias: Any  # nn.Parameter or None
     weight_scale: Tensor  # float32 (O, 1 or groups)
+    low_rank: Tensor | None  # float (O, K): the 16-bit branch, multiplied out; the weight is what it leaves
 
     @classmethod
     def from_float(cls, layer: Quantizable, spec: LayerSpec, scale: Tensor | None = None) -> Any:
@@ -184,7 +185,7 @@ class FakeQuant(QuantizedLayer):
         if scale is None:
             scale = weight_scale(weight_to_matrix(layer, layer.weight.detach().float()), spec.weight)
         made.register_buffer("weight_scale", scale)
-        for name in ("input_scale", "activation_scale", "activation_zero", "weight_choice"):
+        for name in ("input_scale", "activation_scale", "activation_zero", "weight_choice", "low_rank"):
             made.register_buffer(name, None)
         return made
 
@@ -227,9 +228,17 @@ class FakeQuant(QuantizedLayer):
         rounded = round_activation(input_to_rows(layer, x.detach()), self.spec.activation, self.fixed_scale())
         return straight_through(x, rows_to_input(layer, rounded, x.shape).to(x.dtype))
 
+    def add_branch(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output with what the 16-bit branch makes of the unrounded input, where there is one."""
+        if self.low_rank is None:
+            return y
+        layer: Any = self
+        x = x if self.input_scale is None else scale_input(layer, x, self.input_scale)
+        return y + apply_layer(layer, x, matrix_to_weight(layer, self.low_rank).to(x.dtype), None)
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.rounded_weight(self.float_weight(self.chosen_set()))
-        return apply_layer(self, self.rounded_input(x), weight, self.bias)
+        return self.add_branch(apply_layer(self, self.rounded_input(x), weight, self.bias), x)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}"  # type: ignore[misc]
@@ -290,11 +299,14 @@ class LayerReport:
 
     @property
     def bits(self) -> float:
-        """Stored bits a weight, shifts and all sets included, scales not; 16 where the layer stays in float."""
+        """Stored bits a weight: codes, shifts, all sets, scales of groups, low-rank branch; 16 where the layer stays in float."""
         if self.spec is None:
             return 16.0
-        weight = self.spec.weight
-        return weight.sets * (get_grid(weight.grid).bits + (4 / weight.subgroup if weight.max_shift else 0))
+        weight, rows = self.spec.weight, self.shape[0]
+        count = math.prod(self.shape) // rows
+        scales = {"float32": 16, "e4m3": 8, "e8m0": 8}[weight.group_scale] / weight.group if weight.group else 0
+        branch = 16 * min(self.spec.low_rank, rows, count) * (rows + count) / (rows * count)
+        return branch + scales + weight.sets * (get_grid(weight.grid).bits + (4 / weight.subgroup if weight.max_shift else 0))
 
 
 def module_kind(module: nn.Module) -> type | None:

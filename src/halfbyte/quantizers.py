@@ -150,7 +150,34 @@ def weight_scale(matrix: Tensor, spec: WeightSpec) -> Tensor:
         scale = absmax_scale(rows, grid.top << spec.max_shift)
     else:
         scale = search_scale(rows, grid, spec.max_shift, spec.subgroup, spec.norm)
-    return scale.view(matrix.shape[0], -1)
+    return round_group_scale(
+        scale.view(matrix.shape[0], -1), rows.view(matrix.shape[0], -1, rows.shape[-1]), grid, spec.group_scale
+    )
+
+
+def round_group_scale(scale: Tensor, groups: Tensor, grid: Grid, kind: str) -> Tensor:
+    """Scales of groups in the format they are stored in.
+
+    `e4m3`: 8-bit floats under one float32 scale for a whole weight or token, which maps the largest of them to 448 (NVFP4).
+    `e8m0`: powers of two; the largest magnitude of a group keeps its exponent, as the OCP specification has it, and may be cut off
+    (MXFP4).
+
+    Args:
+        scale: float32 (..., g) of the groups; groups: float32 (..., g, n), their values.
+    Returns:
+        float32 (..., g).
+    """
+    if kind == "float32":
+        return scale
+    largest = groups.abs().amax(-1)
+    if kind == "e4m3":
+        known = torch.where(largest == 0, 0.0, scale)
+        whole = (known.amax() if scale.ndim == 2 else known.amax(-1, keepdim=True)) / 448
+        whole = torch.where(whole == 0, 1.0, whole)
+        return (scale / whole).clamp(2.0**-6, 448).to(torch.float8_e4m3fn).float() * whole
+    exponent = torch.frexp(largest).exponent - torch.frexp(largest.new_tensor(float(grid.top))).exponent
+    power = torch.where(largest > 0, torch.exp2(exponent.clamp(-126, 127).float()), 1.0)
+    return torch.where(largest.isfinite(), power, torch.nan)
 
 
 def _groups(matrix: Tensor, group: int) -> Tensor:
@@ -226,7 +253,7 @@ def quantize_activation(x: Tensor, spec: ActivationSpec, fixed: FixedScale | Non
         x: any float dtype (r, p, c): r tokens or images with a scale each, p pixels, c channels.
         fixed: the calibrated scale, where the spec has no dynamic ones.
     Returns:
-        float32 integers (r, p, c) with the zero point already taken off, and float32 scales (r, 1, 1), or (r, 1, c) where the spec
+        float32 integers (r, p, c) with the zero point already taken off, and float32 scales (r, 1, 1), or (r, p, c) where the spec
         has channel groups: x is about integers * scale. Rows with a NaN or an infinity have scale NaN.
     """
     if x.numel() == 0:
@@ -256,21 +283,20 @@ def _rows_together(x: Tensor) -> int:
 
 def _quantize_rows(values: Tensor, spec: ActivationSpec, fixed: FixedScale | None) -> tuple[Tensor, Tensor]:
     grid, (rows, pixels, channels) = get_grid(spec.grid), values.shape
-    if spec.group:
-        padded = F.pad(values, (0, -channels % spec.group)).unflatten(-1, (-1, spec.group))
-        flat = padded.permute(0, 2, 1, 3).reshape(-1, pixels * spec.group)
-    else:
-        flat = values.reshape(rows, -1)
-    zero = None
+    flat = F.pad(values, (0, -channels % spec.group)).reshape(-1, spec.group) if spec.group else values.reshape(rows, -1)
+    shape, zero = (rows, pixels if spec.group else 1, -1), None
     if fixed is not None:
         scale = torch.where(flat.abs().amax(-1).isfinite(), fixed.scale, torch.nan)
         zero = fixed.zero.float() if spec.zero_point else None
     elif spec.zero_point:
         scale, zero = minmax_scale(flat, spec.top)
-        zero = spread(zero.view(rows, 1, -1), channels, spec.group)
+        zero = spread(zero.view(shape), channels, spec.group)
     else:
         scale = absmax_scale(flat, spec.top)
-    scale = spread(scale.view(rows, 1, -1), channels, spec.group)
+    scale = scale.view(shape)
+    if spec.group_scale != "float32":
+        scale = round_group_scale(scale, flat.view(*scale.shape, spec.group), grid, spec.group_scale)
+    scale = spread(scale, channels, spec.group)
     units = (values * scale.reciprocal()).nan_to_num(0.0, 0.0, 0.0)
     integers = _round_activation(units if zero is None else units + zero, grid, spec)
     return integers if zero is None else integers - zero, scale

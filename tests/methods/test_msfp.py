@@ -220,7 +220,7 @@ REFUSED = [
     (lambda: GridSearch(signed_grids=()), "signed_grids needs signed grids, at least one, got none"),
     (lambda: GridSearch(unsigned_grids=("e2m1",)), "unsigned_grids cannot hold 'e2m1'"),
     (lambda: GridSearch(points=1), "points must be at least 2"),
-    (lambda: GridSearch(unsigned_grids=("nf4",)), "unknown grid 'nf4'"),
+    (lambda: GridSearch(unsigned_grids=("nf9",)), "unknown grid 'nf9'"),
     (lambda: ActivationSpec("int8", scale="static", group=8), "static scales come from calibration"),
     (lambda: ActivationSpec("int8", scale="sometimes"), "must be one of 'dynamic', 'static', 'timestep'"),
 ]

@@ -13,7 +13,7 @@ from halfbyte.conversion import packed_layers
 from halfbyte.errors import CalibrationError, CorruptError
 from halfbyte.formats import get_grid, round_to_grid
 from halfbyte.layers import FakeQuant, follow_timesteps
-from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec
+from halfbyte.recipe import PRESETS, ActivationSpec, LayerSpec, Recipe, WeightSpec
 
 STEPS = [10.0, 20.0, 40.0]
 GRIDS = [ActivationSpec("int4", scale="timestep"), ActivationSpec("ue1m3", zero_point=True, scale="timestep")]
@@ -144,6 +144,21 @@ def test_a_config_that_does_not_fit_its_tables_is_refused(tmp_path, change, word
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CorruptError, match=words):
         hb.load(folder, into=Denoiser())
+
+
+@torch.no_grad()
+def test_a_search_of_grids_leaves_scales_for_every_timestep():
+    class OneSided(Denoiser):
+        def forward(self, x, timestep):
+            return self.last(self.inner(nn.functional.silu(self.first(x)) * 1.0 + 0.0 * timestep) * timestep)
+
+    model = OneSided()
+    result = hb.quantize(model, PRESETS["quest-w4a4"].replace(edge=None), calibration=CALLS)
+    layers = {layer.name: layer for layer in result.layers}
+    assert layers["inner"].spec.activation.grid == "ue1m3"  # skewed, though the trace ends at the product
+    assert model.inner.activation_scale.shape == model.inner.activation_zero.shape == (3,)
+    outputs = [model(X, step) for step in STEPS]
+    assert all(output.isfinite().all() for output in outputs)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers with numpy 2

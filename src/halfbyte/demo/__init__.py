@@ -121,7 +121,7 @@ def _float_run(images: Tensor, seconds: float, size: int) -> dict[str, Any]:
         "sqnr_by_timestep": [],
         "psnr": None,
         "ssim": None,
-        "frechet": _frechet(images),
+        "frechet": frechet_to_real(images),
         "seconds_per_image": seconds,
         "layers": [],
         "images": data_uri(grid_png(images[:PICTURED], 8)),
@@ -150,7 +150,7 @@ def _quantized_run(
         "sqnr_by_timestep": [list(pair) for pair in by_timestep],
         "psnr": spread(psnr(reference, images)),
         "ssim": spread(ssim(reference, images)),
-        "frechet": _frechet(images),
+        "frechet": frechet_to_real(images),
         "seconds_per_image": seconds / settings.images,
         "layers": layer_rows(result, damage),
         "images": data_uri(grid_png(images[:PICTURED], 8)),
@@ -201,7 +201,7 @@ def _reference() -> FeatureStatistics:
 
 
 @torch.inference_mode()
-def _frechet(images: Tensor) -> float:
+def frechet_to_real(images: Tensor) -> float:
     """Frechet distance of images (N, 1, 32, 32) to the real ones, on the demo's own features; not comparable with FID."""
     from halfbyte.demo.features import DemoFeatures
 

@@ -1,12 +1,13 @@
 """`halfbyte heal`: from a quantized folder to a healed one."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from halfbyte import api
 from halfbyte.checkpoint import write_file
-from halfbyte.errors import HealError, OutputExistsError
+from halfbyte.errors import OutputExistsError
 from halfbyte.heal.resume import STATE_FILE
 from halfbyte.heal.student import denoiser_name, load_student
 from halfbyte.heal.verb import HealResult, heal
@@ -16,7 +17,7 @@ RESULTS_FILE = "healing.json"
 
 
 def heal_folder(
-    model: Path, teacher: Path, output: Path, *, prompts: Path | None = None, resume: bool = False, **options: Any
+    model: Path, teacher: Path, output: Path, *, prompts: Sequence[str] = (), resume: bool = False, **options: Any
 ) -> str | None:
     """Heal a quantized folder and save the result packed; OUTPUT.healing keeps log and choices.
 
@@ -31,11 +32,10 @@ def heal_folder(
 
     if output.exists():
         raise OutputExistsError(f"{output} exists already; choose another output folder or remove it first")
-    lines = _prompts(prompts)
     run = run_folder(output)
     float_pipe = api.load_float(teacher)
     pipe, student = load_student(model, float_pipe)
-    result = heal(student, float_pipe, prompts=lines, output=run, resume=resume, **options)
+    result = heal(student, float_pipe, prompts=prompts, output=run, resume=resume, **options)
     if not PartialState().is_main_process:
         return None
     pipe.register_modules(**{denoiser_name(pipe): api.pack_model(result.model)})
@@ -48,15 +48,6 @@ def heal_folder(
 def run_folder(output: Path) -> Path:
     """Where a run keeps its state and log, beside the output."""
     return output.with_name(output.name + RUN_SUFFIX)
-
-
-def _prompts(file: Path | None) -> list[str]:
-    if file is None:
-        return []
-    try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise HealError(f"{file} cannot be read as a list of prompts: {error}") from error
 
 
 def _summary(result: HealResult, output: Path, run: Path) -> str:

@@ -48,7 +48,7 @@ class LoRALayer(FakeQuant):
     def wrap(cls, layer: FakeQuant, number: int, routing: Routing) -> Any:
         """A layer like the given one, with a new hub: A random, B zero, so that it computes the same."""
         made = cls.from_float(layer, layer.spec, layer.weight_scale)  # type: ignore[arg-type]
-        for name in ("input_scale", "activation_scale", "activation_zero"):
+        for name in ("input_scale", "activation_scale", "activation_zero", "low_rank"):
             setattr(made, name, getattr(layer, name))
         made.timestep = layer.timestep
         matrix = weight_to_matrix(made, made.weight.detach().float())
@@ -77,7 +77,7 @@ class LoRALayer(FakeQuant):
     def forward(self, x: Tensor) -> Tensor:
         routing: Routing = self.routing  # type: ignore[attr-defined]
         chosen, probability = routing.of(self.number, x.shape[0])
-        x = self.rounded_input(x)
+        exact, x = x, self.rounded_input(x)
 
         def operation(part: Tensor, hub: int) -> Tensor:
             return apply_layer(self, part, self.rounded_weight(self.healed_weight(hub)), self.bias)
@@ -86,7 +86,7 @@ class LoRALayer(FakeQuant):
         if probability.requires_grad:
             corrections = [self.correction(hub).detach() for hub in range(len(self.lora_a))]
             y = _RouterGradient.apply(y, probability, x.detach(), self, corrections)
-        return y
+        return self.add_branch(y, exact)
 
 
 KINDS: dict[type, type[LoRALayer]] = {
