@@ -198,7 +198,7 @@ def lora_targets(student: nn.Module) -> dict[str, Any]:
     """The layers that get LoRAs, by name: quantized, with weights of fewer than 8 bits.
 
     Raises:
-        HealError: when there is none, or one holds several weights already.
+        HealError: when there is none, one holds several weights already, or input scales change over time.
     """
     layers = {name: layer for name, layer in student.named_modules() if isinstance(layer, FakeQuant)}
     if not layers:
@@ -214,6 +214,12 @@ def lora_targets(student: nn.Module) -> dict[str, Any]:
     healed = next((name for name, layer in found.items() if layer.spec.weight.sets > 1), None)
     if healed is not None:
         raise HealError(f"{healed} holds several weights already; heal the model as it was quantized, not a healed one")
+    timed = next((name for name, layer in layers.items() if layer.spec.over_time), None)
+    if timed is not None:
+        raise HealError(
+            f"the input scales of {timed} change over time, and a batch of this loop mixes timesteps, whose rows would all get one "
+            "scale; heal a recipe with static or dynamic scales"
+        )
     return found
 
 
