@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -133,6 +135,24 @@ def healed():
     hb.quantize(student, "int4-w4a4", simulate=True)
     result = hb.heal(student, pipe, **TINY)
     return hb.pack(student.unet), result.choice
+
+
+def test_the_same_call_with_resume_goes_on_after_a_stop(pipe, tmp_path):
+    whole, student, before = simulated(pipe, "int4-w4a4"), simulated(pipe, "int4-w4a4"), []
+    hb.heal(whole, pipe, **TINY)
+
+    def stop(stage, done, total):
+        if not before:
+            before.append(done)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedError):
+        hb.heal(student, pipe, **TINY, output=tmp_path, progress=stop)
+    assert not any("lora" in name for name, _ in student.unet.named_parameters())
+    hb.heal(student, pipe, **TINY, output=tmp_path, resume=True)
+    expected, found = whole.unet.state_dict(), student.unet.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
 def other_pipe(build, **changes):

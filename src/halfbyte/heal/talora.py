@@ -170,6 +170,12 @@ class TALoRA(Method):
         index = torch.searchsorted(times, batch.timesteps.to(times)).clamp(max=len(times) - 1)
         return losses * self.gamma.to(losses.device)[index]
 
+    def remove(self) -> None:
+        """Take hubs and router out again."""
+        self.handle.remove()
+        delattr(self.student, ROUTING)
+        replace(self.student, self.before)
+
     @torch.no_grad()
     def melt(self) -> dict[str, Tensor]:
         """Replace the hubs by the weights they lead to, those that any timestep chooses.
@@ -186,9 +192,7 @@ class TALoRA(Method):
             else:
                 self.before[name].set_weights(torch.stack(weights), choice.to(weights[0].device))
             choices[name] = choice.to(torch.uint8)
-        self.handle.remove()
-        delattr(self.student, ROUTING)
-        replace(self.student, self.before)
+        self.remove()
         if any(len(choice.unique()) > 1 for choice in choices.values()):
             follow_timesteps(self.student, self.routing.timesteps.tolist())
         return choices
