@@ -30,13 +30,11 @@ def finish(process):
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    began = time.monotonic()
     process = start(whole)
     process.stdout.readline()
     training = time.monotonic()
     finish(process)
     length, chance, steps = time.monotonic() - training, random.Random(0), []
-    assert length < 120 + training - began
     for _ in range(KILLS):
         process = start(broken)
         assert process.stdout.readline() == "ready\n"
@@ -91,8 +89,7 @@ def test_a_student_shared_out_by_fsdp_has_the_same_gradients(tmp_path):
         "torch.distributed.run",
         "--nproc_per_node",
         "2",
-        "--master_port",
-        "0",
+        "--standalone",
         SCRIPT,
         tmp_path,
         "fsdp",

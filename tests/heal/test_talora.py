@@ -293,6 +293,13 @@ def test_refusals(build):
         TALoRA(healed, TIMES, LoRASettings())
 
 
+def test_scales_over_time_are_refused(pipe):
+    recipe = FP4.replace(inner=LayerSpec(WeightSpec("e2m1"), ActivationSpec("e2m1", scale="timestep")))
+    hb.quantize(pipe, recipe, calibration=2, steps=3, simulate=True)
+    with pytest.raises(HealError, match=r"the input scales of time_embedding\.linear_1 change over time"):
+        TALoRA(pipe.unet, TIMES, LoRASettings())
+
+
 def test_gamma_weighs_the_loss_by_timestep(pipe):
     student = copy.deepcopy(pipe.unet)
     hb.quantize(student, FP4, simulate=True)

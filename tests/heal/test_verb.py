@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler, 
 
 import halfbyte as hb
 from halfbyte import api, cli
-from halfbyte.errors import HealError
+from halfbyte.errors import HealError, StoppedError
 from halfbyte.evaluate import float_states, prediction_sqnr, sample_images
 from halfbyte.heal.student import load_student
 from halfbyte.layers import FakeQuant
@@ -135,6 +137,24 @@ def healed():
     return hb.pack(student.unet), result.choice
 
 
+def test_the_same_call_with_resume_goes_on_after_a_stop(pipe, tmp_path):
+    whole, student, before = simulated(pipe, "int4-w4a4"), simulated(pipe, "int4-w4a4"), []
+    hb.heal(whole, pipe, **TINY)
+
+    def stop(stage, done, total):
+        if not before:
+            before.append(done)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedError):
+        hb.heal(student, pipe, **TINY, output=tmp_path, progress=stop)
+    assert not any("lora" in name for name, _ in student.unet.named_parameters())
+    hb.heal(student, pipe, **TINY, output=tmp_path, resume=True)
+    expected, found = whole.unet.state_dict(), student.unet.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
 def other_pipe(build, **changes):
     config = {**build("UNet2DModel").config, **changes}
     return DDIMPipeline(UNet2DModel.from_config(config), DDIMScheduler())
@@ -232,3 +252,14 @@ def test_bad_folders_end_in_a_sentence(monkeypatch, capsys, folders, tmp_path):
         code, _, err = run(monkeypatch, capsys, "heal", *arguments)
         assert (code, words in err) == (1, True), err
         assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_command_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    def stopped(*arguments, **options):
+        raise StoppedError("stopped at step 7, saved in out.healing; continue with resume (--resume)", 15)
+
+    monkeypatch.setattr("halfbyte.heal.command.heal_folder", stopped)
+    code, _, err = run(monkeypatch, capsys, "heal", tmp_path, "--teacher", tmp_path, "-o", tmp_path / "out")
+    assert code == 128 + 15
+    assert "stopped at step 7" in err
+    assert "nothing was written" not in err

@@ -170,6 +170,12 @@ class TALoRA(Method):
         index = torch.searchsorted(times, batch.timesteps.to(times)).clamp(max=len(times) - 1)
         return losses * self.gamma.to(losses.device)[index]
 
+    def remove(self) -> None:
+        """Take hubs and router out again."""
+        self.handle.remove()
+        delattr(self.student, ROUTING)
+        replace(self.student, self.before)
+
     @torch.no_grad()
     def melt(self) -> dict[str, Tensor]:
         """Replace the hubs by the weights they lead to, those that any timestep chooses.
@@ -186,9 +192,7 @@ class TALoRA(Method):
             else:
                 self.before[name].set_weights(torch.stack(weights), choice.to(weights[0].device))
             choices[name] = choice.to(torch.uint8)
-        self.handle.remove()
-        delattr(self.student, ROUTING)
-        replace(self.student, self.before)
+        self.remove()
         if any(len(choice.unique()) > 1 for choice in choices.values()):
             follow_timesteps(self.student, self.routing.timesteps.tolist())
         return choices
@@ -198,7 +202,7 @@ def lora_targets(student: nn.Module) -> dict[str, Any]:
     """The layers that get LoRAs, by name: quantized, with weights of fewer than 8 bits.
 
     Raises:
-        HealError: when there is none, or one holds several weights already.
+        HealError: when there is none, one holds several weights already, or input scales change over time.
     """
     layers = {name: layer for name, layer in student.named_modules() if isinstance(layer, FakeQuant)}
     if not layers:
@@ -214,6 +218,12 @@ def lora_targets(student: nn.Module) -> dict[str, Any]:
     healed = next((name for name, layer in found.items() if layer.spec.weight.sets > 1), None)
     if healed is not None:
         raise HealError(f"{healed} holds several weights already; heal the model as it was quantized, not a healed one")
+    timed = next((name for name, layer in layers.items() if layer.spec.over_time), None)
+    if timed is not None:
+        raise HealError(
+            f"the input scales of {timed} change over time, and a batch of this loop mixes timesteps, whose rows would all get one "
+            "scale; heal a recipe with static or dynamic scales"
+        )
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from halfbyte.api import RECIPE_ATTRIBUTE
 from halfbyte.calibration import find_denoiser, record_calls
-from halfbyte.errors import HealError, listed
+from halfbyte.errors import DivergedError, HealError, listed
 from halfbyte.heal.dfa import denoising_factors, normalised
 from halfbyte.heal.distill import Progress, distill
 from halfbyte.heal.resume import digest
@@ -123,9 +123,16 @@ def heal(
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         float_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     talora = TALoRA(model, timesteps, hub, gamma, settings.seed)
-    log = distill(
-        model, teacher, talora, settings, prompts=prompts, folder=output, resume=resume, identity=identity, progress=progress
-    )
+    try:
+        log = distill(
+            model, teacher, talora, settings, prompts=prompts, folder=output, resume=resume, identity=identity, progress=progress
+        )
+    except DivergedError:
+        talora.melt()  # the student keeps the last good state
+        raise
+    except BaseException:
+        talora.remove()  # the student is as it came, so that the same call with resume can go on
+        raise
     choice = talora.melt()
     used = {**asdict(settings), **asdict(hub), "dfa": dfa}
     return HealResult(model, method, used, log.rows, timesteps, choice, gamma, stored_bytes(model), before)
