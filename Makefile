@@ -39,7 +39,8 @@ bench: $(STAMP)  ## every benchmark in bench/; BENCH_FLAGS=--smoke for a tiny ru
 	@for script in $(wildcard bench/*.py); do \
 		echo "$$script $(BENCH_FLAGS)"; $(BIN)/python $$script $(BENCH_FLAGS) || exit 1; done
 
-clean:  ## remove caches and outputs (keeps .venv)
+clean:  ## remove caches, outputs and the built engine (keeps .venv; the next target builds the engine again)
+	rm -f $(STAMP)
 	rm -rf build dist halfbyte-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
