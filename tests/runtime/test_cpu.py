@@ -89,7 +89,9 @@ def make(name, spec=QUARTZ, seed=0):
 
 
 def reference(packed, x):
-    return quantized_forward(packed, x, packed.levels(), packed.weight_scale, packed.bias, packed.spec.activation, packed.fixed_scale())
+    return quantized_forward(
+        packed, x, packed.levels(), packed.weight_scale, packed.bias, packed.spec.activation, packed.fixed_scale()
+    )
 
 
 def test_the_engine_is_here():
