@@ -117,7 +117,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(net.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
         self.net, self.optimizer = self.accelerator.prepare(net, optimizer)
         self.forward = self.net if options.no_compile else torch.compile(self.net)
-        self.scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=True)
+        self.scheduler = DDIMScheduler(prediction_type=options.prediction, beta_schedule="linear", clip_sample=True)
         self.alphas = self.scheduler.alphas_cumprod.to(self.accelerator.device)
         self.clock = Clock(options.steps, options.minutes)
         self.accelerator.register_for_checkpointing(self.ema, self.clock)
@@ -138,7 +138,10 @@ class Trainer:
         return clean.contiguous(memory_format=torch.channels_last), noise, timesteps
 
     def step(self) -> Tensor:
-        """One optimizer step of the epsilon loss (Ho et al. 2020, eq. 14), with min-SNR weights (Hang et al. 2023) if asked."""
+        """One optimizer step on the noise (Ho et al. 2020, eq. 14) or the velocity (Salimans and Ho 2022, section 4).
+
+        Weights below 1 for nearly clean images, min(1, gamma / SNR), are those of min-SNR (Hang et al. 2023) for the noise.
+        """
         rate = self.clock.learning_rate(self.options.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -147,8 +150,10 @@ class Trainer:
         noisy = signal_part.sqrt() * clean + (1 - signal_part).sqrt() * noise
         with self.accelerator.autocast():
             predicted = self.forward(noisy, timesteps, return_dict=False)[0]
+        velocity = self.options.prediction == "v_prediction"
+        target = signal_part.sqrt() * noise - (1 - signal_part).sqrt() * clean if velocity else noise
         ratio = signal_part / (1 - signal_part)
-        loss = ((predicted.float() - noise).square() * (ratio.clamp(max=self.options.min_snr) / ratio)).mean()
+        loss = ((predicted.float() - target).square() * (self.options.min_snr / ratio).clamp(max=1)).mean()
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.net.parameters(), 1.0)
         self.optimizer.step()
@@ -246,6 +251,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="or after this much training time, if sooner")
     parser.add_argument("--batch-size", type=int, default=128, help="over all processes (default 128)")
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="peak (default 8e-4)")
+    parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="v_prediction", help="what the model predicts")
     parser.add_argument("--min-snr", type=float, default=math.inf, help="gamma of min-SNR weights, such as 5 (default: none)")
     parser.add_argument("--ema", type=float, default=0.9995, help="longest memory of the averaged weights (default 0.9995)")
     parser.add_argument("--width", type=int, help="channels of the first level (default 32 grey, 128 colour)")

@@ -16,7 +16,7 @@ from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, Output
 from halfbyte.recipe import PRESETS, Recipe
 
 RECIPE = PRESETS["quartz-w4a4"]
-ENTRY = checkpoint.layout(RECIPE, {"a": RECIPE.inner, "b": RECIPE.edge, "c": RECIPE.inner}, ["a"])
+ENTRY = checkpoint.Layout(RECIPE, {"a": RECIPE.inner, "b": RECIPE.edge, "c": RECIPE.inner}, ["a"]).to_dict()
 scraps = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 99), st.floats(), st.text(max_size=5), st.just([]), st.just({}), st.just([{}])
 )
@@ -31,11 +31,8 @@ def places(value, path=()):
 
 
 def test_a_layout_is_read_back():
-    assert checkpoint.parse_layout(json.loads(json.dumps(ENTRY)), "here") == (
-        RECIPE,
-        {"a": RECIPE.inner, "b": RECIPE.edge, "c": RECIPE.inner},
-        ["a"],
-    )
+    layers = {"a": RECIPE.inner, "b": RECIPE.edge, "c": RECIPE.inner}
+    assert checkpoint.Layout.from_dict(json.loads(json.dumps(ENTRY)), "here") == checkpoint.Layout(RECIPE, layers, ["a"])
     assert len(ENTRY["specs"]) == 2  # each distinct spec once
 
 
@@ -48,10 +45,10 @@ def test_any_altered_entry_is_read_or_refused_in_a_sentence(path, scrap):
         target = target[key]
     target[path[-1]] = scrap
     with contextlib.suppress(HalfbyteError):  # anything else is a bug
-        recipe, layers, smoothed = checkpoint.parse_layout(entry, "here")
-        assert set(smoothed) <= set(layers)
-        again = json.loads(json.dumps(checkpoint.layout(recipe, layers, smoothed)))
-        assert repr(checkpoint.parse_layout(again, "here")) == repr((recipe, layers, smoothed))  # nothing half understood
+        found = checkpoint.Layout.from_dict(entry, "here")
+        assert set(found.smoothed) <= set(found.layers)
+        again = json.loads(json.dumps(found.to_dict()))
+        assert repr(checkpoint.Layout.from_dict(again, "here")) == repr(found)  # nothing half understood
 
 
 def test_a_folder_appears_whole_with_ordinary_permissions(tmp_path):
@@ -135,7 +132,7 @@ def test_files_that_are_no_shards_are_named(tmp_path):
 )
 def test_entries_that_would_be_misread_are_refused(change, error, words):
     with pytest.raises(error, match=words):
-        checkpoint.parse_layout({**ENTRY, **change}, "here")
+        checkpoint.Layout.from_dict({**ENTRY, **change}, "here")
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{99999999999999999999}", "(" * 9999 + ")" * 9999])

@@ -41,7 +41,7 @@ def left_behind(folder):
 
 
 def test_every_command_helps_with_an_example(monkeypatch, capsys):
-    for command in ("demo", "quantize", "sample", "info"):
+    for command in ("demo", "quantize", "heal", "sample", "info"):
         code, out, _ = run(monkeypatch, capsys, command, "--help")
         assert code in (0, None)
         assert f"halfbyte {command}" in out
@@ -80,7 +80,7 @@ def test_calibrated_recipes_from_the_command_line(monkeypatch, capsys, model, tm
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--recipe", "quartz"], "unknown recipe 'quartz'; the presets are 'int4-w4a4'"),
+        (["--recipe", "quartz"], "unknown recipe 'quartz'; the presets are 'int4-g64-w4a4'"),
         (["--recipe", "recipe.yaml"], "no key 'bits'; its keys are"),
         (["--recipe", "missing.yaml"], "cannot be read"),
         (["--recipe", "quartz-authors-w4a4"], "cannot be packed"),
@@ -205,3 +205,21 @@ def test_any_integer_is_a_seed(monkeypatch, capsys, model, tmp_path, seed):
         code, _, err = run(monkeypatch, capsys, "sample", model, "-n", 1, "--steps", 1, "--seed", seed, "-o", tmp_path / name)
         assert code == 0, err
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_sensitivity_measures_once_and_writes_a_recipe_that_quantize_takes(monkeypatch, capsys, model, tmp_path):
+    study = tmp_path / "study"
+    code, out, err = run(monkeypatch, capsys, "sensitivity", model, "-o", study, "--images", 1, "--steps", 1)
+    assert code == 0, err
+    assert "convolution" in out
+    assert {file.name for file in study.iterdir()} == {"sensitivity.json", "sensitivity.html"}
+    code, out, err = run(monkeypatch, capsys, "sensitivity", model, "-o", study, "--bits", 5, "--activation-bits", 6)
+    assert code == 0, err
+    assert "using the measurement in" in out
+    assert "bits a weight" in out
+    code, _, err = run(monkeypatch, capsys, "quantize", model, "--recipe", study / "recipe.yaml", "-o", tmp_path / "out")
+    assert code == 0, err
+    for arguments, words in ((["--bits", 1], "these widths reach 4.25 to 8"), (["--activation-bits", 5], "give --bits too")):
+        code, _, err = run(monkeypatch, capsys, "sensitivity", model, "-o", study, *arguments)
+        assert code == 1
+        assert words in err

@@ -1,6 +1,7 @@
 """The embedded model: what is shipped, and that the demo says of it what it must."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from halfbyte import demo
 from halfbyte.demo import features
 from halfbyte.report import check_results
+from halfbyte.report.page import render
 
 
 @pytest.fixture(scope="module")
 def outcome():
     stages = []
-    settings = demo.Settings(images=8, steps=4, recipes=("int4-w4a4", "quartz-w4a4"))
+    settings = demo.Settings(images=8, steps=4, recipes=("int4-w4a4", "quartz-w4a4", "msfp-w4a4"))
     results, strips = demo.run(settings, lambda *stage: stages.append(stage))
     return settings, results, strips, stages
 
@@ -39,21 +41,32 @@ def test_the_shipped_model_has_what_quantization_finds_hard():
 def test_results_check_and_quartz_beats_int4(outcome):
     _, results, _, _ = outcome
     check_results(json.loads(json.dumps(results)))
-    _, int4, quartz = results["runs"]
+    _, int4, quartz, msfp = results["runs"]
     assert quartz["sqnr"] >= int4["sqnr"] + 3
     assert quartz["psnr"]["mean"] >= int4["psnr"]["mean"] + 3
     assert quartz["bytes"] <= 0.30 * quartz["bytes_bf16"]
     assert quartz["layers"][0]["name"] == "conv_in"
     assert all(layer["output_sqnr"] > 5 for layer in quartz["layers"])
+    assert msfp["sqnr"] >= int4["sqnr"] + 3
+    assert all((layer["choice"] is None) == (layer["weight"] == "int8") for layer in msfp["layers"])
+
+
+def test_grids_that_were_searched_have_a_table_of_their_own(outcome):
+    page = render(outcome[1])
+    assert page.count("Grids found by search") == 1
+    table = page[page.index("Grids found by search") :].partition("</table>")[0]
+    assert table.count("<tr>") == 1 + sum(layer["choice"] is not None for layer in outcome[1]["runs"][3]["layers"])
+    assert re.search(r"<td>ue2m2</td>\s*<td>unsigned</td>\s*<td class=.number.>−0\.28 to", table)
+    assert re.search(r"<span>ue2m2 \d\.\d+e-\d+</span> <span>ue1m3 ×1\.", table)
 
 
 def test_pictures_and_progress_cover_every_run(outcome):
     settings, _, strips, stages = outcome
-    assert strips.shape == (3 * 8, 1, 32, 32)
+    assert strips.shape == (4 * 8, 1, 32, 32)
     done = [count for _, count, _ in stages]
     assert done == sorted(done)
     assert done[-1] == settings.work == stages[-1][2]
-    assert {stage for stage, *_ in stages} == {"sampling float", "sampling int4-w4a4", "sampling quartz-w4a4"}
+    assert {stage for stage, *_ in stages} == {"sampling float", "sampling int4-w4a4", "sampling quartz-w4a4", "sampling msfp-w4a4"}
 
 
 def test_the_classifier_knows_what_its_statistics_say():

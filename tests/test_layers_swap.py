@@ -235,7 +235,8 @@ def test_the_training_flag_stays_and_an_earlier_copy_is_untouched():
 BITS = [
     (None, 16.0),
     (LayerSpec(WeightSpec("int4")), 4.0),
-    (LayerSpec(WeightSpec("int4", group=64)), 4.0),
+    (LayerSpec(WeightSpec("int4", group=64)), 4.25),
+    (LayerSpec(WeightSpec("e2m1", group=16, group_scale="e4m3")), 4.5),
     (LayerSpec(WeightSpec("e2m1", max_shift=3)), 4.25),
     (LayerSpec(WeightSpec("lzs4", max_shift=4, subgroup=32)), 4.125),
     (INT8, 8.0),

@@ -4,9 +4,16 @@ import halfbyte
 
 
 def test_public_names():
-    assert halfbyte.__all__ == ["PRESETS", "HalfbyteConfig", "HalfbyteError", "Recipe", "load", "pack", "quantize", "save"]
+    assert halfbyte.__all__ == ["PRESETS", "HalfbyteConfig", "HalfbyteError", "Recipe", "heal", "load", "pack", "quantize", "save"]
     assert all(getattr(halfbyte, name) is not None for name in halfbyte.__all__)
     assert set(halfbyte.__all__) <= set(dir(halfbyte))
+
+
+def test_heal_is_a_verb_before_and_after_its_folder_is_imported():
+    from halfbyte.heal.verb import heal
+
+    assert callable(halfbyte.heal)
+    assert callable(heal)
 
 
 def test_the_version_is_the_packages():

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.formats import GRIDS, decode, get_grid
-from halfbyte.quantizers import decode_weight, quantize_activation, quantize_weight, straight_through, weight_scale
+from halfbyte.quantizers import (
+    FixedScale,
+    decode_weight,
+    quantize_activation,
+    quantize_weight,
+    round_activation,
+    straight_through,
+    weight_scale,
+)
 from halfbyte.recipe import ActivationSpec, WeightSpec
 
 MAGNITUDES = {
@@ -30,7 +38,7 @@ TINY = np.finfo(np.float32).tiny
 
 
 def activation_specs():
-    for name, grid in GRIDS.items():
+    for name, grid in ((name, grid) for name, grid in GRIDS.items() if not grid.simulated_only):
         plain = ActivationSpec(name, zero_point=not grid.signed)
         yield plain
         yield plain.replace(group=8)
@@ -43,7 +51,7 @@ def activation_specs():
 
 
 ACTIVATION_SPECS = [*activation_specs()]
-WEIGHT_SPECS = [WeightSpec(name) for name, grid in GRIDS.items() if grid.signed]
+WEIGHT_SPECS = [WeightSpec(name) for name, grid in GRIDS.items() if grid.signed and not grid.simulated_only]
 WEIGHT_SPECS += [WeightSpec(name, max_shift=shift) for name in SHIFTS if name[0] != "u" for shift in range(1, SHIFTS[name] + 1)]
 WEIGHT_SPECS += [WeightSpec("lzs4", max_shift=4, subgroup=subgroup) for subgroup in (1, 7, 32, 64)]
 WEIGHT_SPECS += [WeightSpec(name, group=group) for name in ("int4", "e2m1") for group in (1, 16, 64)]
@@ -79,11 +87,12 @@ def suppress_zeros(row, spec):
 
 
 def slow_activation(x, spec):
-    """Integers (r, p, c) and scales (r, 1, c): stage 1 one block of equal scale at a time, then stage 2 one pixel at a time."""
-    integers, scales, zeros = np.zeros(x.shape), np.zeros((len(x), 1, x.shape[2]), np.float32), np.zeros((len(x), 1, x.shape[2]))
+    """Integers (r, p, c) and scales alike: stage 1 one block of equal scale at a time, then stage 2 one pixel at a time."""
+    integers, scales, zeros = np.zeros(x.shape), np.zeros(x.shape, np.float32), np.zeros(x.shape)
+    pixels = [slice(pixel, pixel + 1) for pixel in range(x.shape[1])] if spec.group else [slice(None)]
     width = spec.group or x.shape[2]
-    for row, start in itertools.product(range(len(x)), range(0, x.shape[2], width)):
-        here = row, slice(None), slice(start, start + width)
+    for row, pixel, start in itertools.product(range(len(x)), pixels, range(0, x.shape[2], width)):
+        here = row, pixel, slice(start, start + width)
         block, zero = x[here], np.float32(0)
         low, high = min(block.min(), np.float32(0)), max(block.max(), np.float32(0))
         scale = (high - low if spec.zero_point else np.abs(block).max()) / np.float32(spec.top)
@@ -118,8 +127,8 @@ def test_activations_are_the_oracle_bit_for_bit(spec):
             continue
         expected, scales = slow_activation(x, spec)
         assert np.array_equal(integers.numpy(), expected), shape
-        assert np.array_equal(scale.expand(shape[0], 1, shape[2]).numpy(), scales), shape
-        assert scale.shape == (shape[0], 1, shape[2] if spec.group else 1)
+        assert np.array_equal(scale.expand(shape).numpy(), scales), shape
+        assert scale.shape == (shape if spec.group else (shape[0], 1, 1))
         assert not integers[integers == 0].signbit().any()
 
 
@@ -143,9 +152,9 @@ def test_a_bad_value_spoils_its_own_row_alone(spec, bad):
     x[1, 1, 3] = bad
     integers, scale = quantize_activation(x, spec)
     spoilt = scale.isnan().expand_as(x)
-    channels = slice(0, spec.group or None)
-    assert spoilt[1, :, channels].all()
-    assert int(spoilt.sum()) == 2 * len(range(20)[channels])
+    pixels, channels = slice(1 if spec.group else 0, None), slice(0, spec.group or None)
+    assert spoilt[1, pixels, channels].all()
+    assert int(spoilt.sum()) == len(range(2)[pixels]) * len(range(20)[channels])
     assert (integers[spoilt] == 0).all()
     assert torch.equal(integers[~spoilt], clean[~spoilt]) or (spec.group and spec.max_shift)  # a subgroup may span two groups
     assert torch.equal(scale[[0, 2, 3]], clean_scale[[0, 2, 3]])
@@ -260,3 +269,25 @@ def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():
     with torch.no_grad():
         assert torch.equal(straight_through(exact, rounded), rounded)
     assert not straight_through(exact.detach(), rounded).requires_grad
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ActivationSpec("int8"),
+        ActivationSpec("lzs4", max_shift=4),
+        ActivationSpec("ue2m2", zero_point=True),
+        ActivationSpec("e2m1", scale="static"),
+        ActivationSpec("int4", group=4),
+    ],
+)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (5, 7, 9), (3, 300, 200)])
+def test_a_rounded_input_is_integers_times_scales(spec, shape):
+    """In parts, into one output: the same bits, also for rows with a NaN."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if x.numel():
+        x[0, 0, 0] = torch.nan
+    fixed = FixedScale(torch.tensor(0.2), torch.tensor(0)) if spec.scale == "static" else None
+    integers, scale = quantize_activation(x, spec, fixed)
+    assert torch.equal(round_activation(x, spec, fixed).nan_to_num(7.0), (integers * scale).nan_to_num(7.0))
+    assert round_activation(x.transpose(1, 2).contiguous().transpose(1, 2), spec, fixed).is_contiguous()

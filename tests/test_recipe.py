@@ -105,7 +105,7 @@ def test_an_unknown_key_is_refused_at_every_level(level):
     data = plain()
     place(data, f"{level}.shfit".lstrip("."), 1)
     owner = OWNER.get(level.rpartition(".")[2], "ActivationSpec")
-    known = {"Recipe": "'after_silu'", "LayerSpec": "'activation', 'weight'"}.get(owner, "'subgroup'")
+    known = {"Recipe": "'after_silu'", "LayerSpec": "'activation'"}.get(owner, "'subgroup'")
     refused(lambda: Recipe.from_dict(data), f"{owner} has no key 'shfit'", "its keys are", known)
 
 
@@ -135,7 +135,7 @@ WRONG_TYPES = [
     ("inner.weight.rounding", None, "WeightSpec.rounding must be one of 'nearest', 'gptq', got NoneType None"),
     ("inner.activation.zero_point", 1, "ActivationSpec.zero_point must be true or false, got int 1"),
     ("inner.activation.rounding", "down", "ActivationSpec.rounding must be one of 'nearest', 'truncate', got str 'down'"),
-    ("smooth", "0.5", "Recipe.smooth must be a number or null, got str '0.5'"),
+    ("smooth", "0.5", "Recipe.smooth must be a number or one of 'search' or null, got str '0.5'"),
     ("keep", "proj_out", "Recipe.keep must be a tuple of strings (in a file: a list), got str 'proj_out'"),
     ("keep", ["a", 1], "Recipe.keep must be a tuple of strings (in a file: a list), got tuple ('a', 1)"),
     ("edge", False, "Recipe.edge must be a mapping of LayerSpec fields or null, got bool False"),
@@ -171,7 +171,7 @@ IMPOSSIBLE = [
     (WeightSpec, {"norm": -2.0}, ["norm a finite number > 0", "and -2.0"]),
     (WeightSpec, {"norm": float("nan")}, ["norm a finite number > 0", "and nan"]),
     (WeightSpec, {"norm": float("inf")}, ["norm a finite number > 0", "and inf"]),
-    (ActivationSpec, {"grid": "nf4"}, ["unknown grid 'nf4'", "'ue3m1'"]),
+    (ActivationSpec, {"grid": "nf9"}, ["unknown grid 'nf9'", "'ue3m1'"]),
     (ActivationSpec, {"grid": "int8", "zero_point": True}, ["'int8' cannot have a zero point", "set zero_point to False"]),
     (ActivationSpec, {"grid": "ue2m2"}, ["'ue2m2' needs a zero point", "set zero_point to True"]),
     (ActivationSpec, {"grid": "lzs4", "max_shift": 5}, ["ActivationSpec", "0 to 4", "max_shift 5"]),
@@ -181,8 +181,8 @@ IMPOSSIBLE = [
     (ActivationSpec, {"grid": "uint8", "zero_point": True, "peak": 256}, ["peak must be 0 to 255", "got 256"]),
     (ActivationSpec, {"peak": -1}, ["peak must be 0 to 127", "got -1"]),
     (ActivationSpec, {"group": -4}, ["group >= 0", "-4"]),
-    (Recipe, {"name": "x", "inner": LayerSpec(), "smooth": 1.01}, ["smooth must be 0 to 1 or null", "got 1.01"]),
-    (Recipe, {"name": "x", "inner": LayerSpec(), "smooth": float("nan")}, ["smooth must be 0 to 1 or null", "got nan"]),
+    (Recipe, {"name": "x", "inner": LayerSpec(), "smooth": 1.01}, ["smooth must be 0 to 1, 'search' or null", "got 1.01"]),
+    (Recipe, {"name": "x", "inner": LayerSpec(), "smooth": float("nan")}, ["smooth must be 0 to 1, 'search' or null", "got nan"]),
     (Recipe, {"name": "x", "inner": LayerSpec(), "keep": ("ok", "(")}, ["keep has '('", "no regular expression"]),
 ]
 
@@ -201,6 +201,9 @@ def test_every_accepted_activation_fits_its_byte(grid, max_shift, zero_point, pe
         spec = ActivationSpec(grid, max_shift, zero_point=zero_point, peak=peak)
     except RecipeError:
         return
+    if GRIDS[grid].simulated_only:
+        assert max_shift == 0
+        return
     assert 0 < spec.top <= (127 if GRIDS[grid].signed else 255)
     assert GRIDS[grid].top << max_shift <= (127 if GRIDS[grid].signed else 255)
     assert spec.top == (peak or GRIDS[grid].top << max_shift)
@@ -210,8 +213,11 @@ def test_what_cannot_run_in_integers_says_why():
     assert LayerSpec(WeightSpec(), ActivationSpec()).simulated_only() is None
     assert "groups of 64 change along K" in LayerSpec(WeightSpec(group=64)).simulated_only()
     assert "groups of 32 channels" in LayerSpec(WeightSpec(), ActivationSpec(group=32)).simulated_only()
-    simulated = {name for name, recipe in PRESETS.items() if recipe.inner.simulated_only()}
-    assert simulated == {"quartz-authors-w4a4"}
+    assert "'e4m3' has no packed form" in LayerSpec(WeightSpec("e4m3")).simulated_only()
+    simulated = {name for name, recipe in PRESETS.items() if recipe.simulated_only()}
+    baselines = {"int4-g64-w4a4", "nvfp4-w4a4", "mxfp4-w4a4", "nf4-w4a16", "svdquant-w4a4"}
+    assert simulated == {"quartz-authors-w4a4", "msfp-w6a6"} | baselines
+    assert "branch of rank 4" in LayerSpec(low_rank=4).simulated_only()
 
 
 def test_calibration_is_asked_for_by_smoothing_and_gptq_alone():

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from halfbyte.api import pack_model as pack
     from halfbyte.diffusers_plugin import HalfbyteConfig
     from halfbyte.errors import HalfbyteError
+    from halfbyte.heal.verb import heal
     from halfbyte.recipe import PRESETS, Recipe
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "HalfbyteConfig", "HalfbyteError", "Recipe", "load", "pack", "quantize", "save"]
+__all__ = ["PRESETS", "HalfbyteConfig", "HalfbyteError", "Recipe", "heal", "load", "pack", "quantize", "save"]
 
 _HOMES = {
+    "heal": ("heal", None),  # the folder itself, which can be called
     "quantize": ("api", "quantize"),
     "pack": ("api", "pack_model"),
     "save": ("api", "save"),
@@ -39,8 +41,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(f"halfbyte.{module}"), attribute)
+    room, attribute = _HOMES[name]
+    module = importlib.import_module(f"halfbyte.{room}")
+    return module if attribute is None else getattr(module, attribute)
 
 
 def __dir__() -> list[str]:

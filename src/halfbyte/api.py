@@ -103,7 +103,9 @@ def _statistics(
         calls = [_as_call(entry) for entry in calibration]
     specs = specs_of(module, recipe)
     hessians = [name for name, spec in specs.items() if spec.weight.rounding == "gptq"]
-    return collect(module, calls, specs, hessians, seed, _stage(progress, "looking at the layers' inputs"))
+    by_output = recipe.smooth == "search" or (recipe.search is not None and recipe.search.objective == "output")
+    rows = specs if by_output else ()
+    return collect(module, calls, specs, hessians, rows, seed, _stage(progress, "looking at the layers' inputs"))
 
 
 def _as_call(entry: Any) -> Call:
@@ -276,10 +278,10 @@ def describe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, Any]]:
     for config in (folder / checkpoint.CONFIG, *sorted(folder.glob(f"*/{checkpoint.CONFIG}"))):
         entry = checkpoint.read_json(config).get("quantization_config") if config.is_file() else None
         if isinstance(entry, dict) and entry.get("quant_method") == checkpoint.METHOD:
-            found[config.parent.name] = checkpoint.parse_layout(entry, str(config.parent))
+            found[config.parent.name] = checkpoint.Layout.from_dict(entry, str(config.parent))
     if not found:
         raise ModelError(f"{folder} holds no halfbyte checkpoint (no config.json with a halfbyte quantization_config)")
-    recipe, layers, _ = found[next((name for name in DENOISERS if name in found), next(iter(found)))]
-    if len(found) > 1:
-        layers = {f"{part}.{name}": spec for part, (_, specs, _) in found.items() for name, spec in specs.items()}
-    return recipe, layers
+    main = found[next((name for name in DENOISERS if name in found), next(iter(found)))]
+    if len(found) == 1:
+        return main.recipe, main.layers
+    return main.recipe, {f"{part}.{name}": spec for part, one in found.items() for name, spec in one.layers.items()}

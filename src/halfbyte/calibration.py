@@ -2,7 +2,7 @@
 
 Two steps. `record_calls` runs a diffusers pipeline and keeps some of its denoiser calls, spread evenly over trajectory and batch.
 `collect` runs the denoiser on recorded calls and gathers, per layer, bounded statistics of the input: ranges per timestep, moments,
-a reservoir sample, largest magnitudes per channel, and the Hessian sum of x x^T where GPTQ asks for one.
+reservoir samples, largest magnitudes per channel, and the Hessian sum of x x^T where GPTQ asks for one.
 """
 
 import contextlib
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from halfbyte.errors import CalibrationError
 from halfbyte.layers import TRANSPOSED, Quantizable, check_finite, input_to_rows
 from halfbyte.timestep import TimestepState
+from halfbyte.tracing import ActivationTrace
 
 DENOISERS = ("unet", "transformer")  # what pipelines call the network that predicts noise
-RESERVOIR = 4096  # values of the input kept per layer
+RESERVOIR = 2048  # values of the input kept per layer and timestep
+SAMPLED_ROWS = 512  # input rows (tokens or pixels) kept per layer where they are asked for
 HESSIAN_ROWS = 8192  # input rows (tokens or pixels) that enter a layer's Hessian, over all calls
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -103,7 +105,9 @@ def record_calls(
     return [calls[index] for index in kept]
 
 
-def sampler_arguments(pipe: Any, indices: range, total: int, steps: int, seed: int, prompts: Sequence[str] = ()) -> dict[str, Any]:
+def sampler_arguments(
+    pipe: Any, indices: Sequence[int], total: int, steps: int, seed: int, prompts: Sequence[str] = ()
+) -> dict[str, Any]:
     """Arguments of a pipeline call that samples the images of the given indices, whatever kind of pipeline it is.
 
     Every image has a generator of its own, seeded by (seed, index): an image does not depend on the batch it is sampled in.
@@ -134,9 +138,12 @@ class InputStatistics:
     total_square: float = 0.0
     ranges: dict[float | None, tuple[float, float]] = field(default_factory=dict)  # by timestep; None: the model has none
     channel_absmax: Tensor | None = None  # float32 (C,)
-    reservoir: Tensor = field(default_factory=lambda: torch.empty(0))  # float32, RESERVOIR values, uniform over all seen, or all
+    counts: dict[float | None, int] = field(default_factory=dict)  # values seen, by timestep
+    reservoirs: dict[float | None, Tensor] = field(default_factory=dict)  # float32 by timestep: RESERVOIR of its values, or all
     hessian: Tensor | None = None  # float32 (groups, K, K): sum of x x^T over `hessian_rows` rows
     hessian_rows: int = 0
+    rows: Tensor | None = None  # float32 (groups, n, K): a sample of the vectors the weights are multiplied with
+    source: str | None = None  # the one-sided function whose output this is, such as "SiLU"
 
     @property
     def range(self) -> tuple[float, float]:
@@ -154,20 +161,21 @@ class InputStatistics:
         self.total_square += float(rows.double().square().sum())
         absmax = rows.abs().amax((0, 1))
         self.channel_absmax = absmax if self.channel_absmax is None else torch.maximum(self.channel_absmax, absmax)
-        self._sample(rows.flatten(), generator)
+        seen, sample = self.counts.get(timestep, 0), self.reservoirs.get(timestep, rows.new_empty(0))
+        self.reservoirs[timestep] = _sampled(sample, seen, rows.flatten(), generator)
+        self.counts[timestep] = seen + rows.numel()
         self.count += rows.numel()
 
-    def _sample(self, values: Tensor, generator: torch.Generator) -> None:
-        """Keep everything while there is room, then a uniform sample: old and new values survive in proportion to their numbers."""
-        known, total = self.reservoir, self.count + values.numel()
-        if total <= RESERVOIR:
-            self.reservoir = torch.cat([known, values])
-            return
-        if 0 < len(known) < RESERVOIR:
-            known = known[torch.randint(len(known), (RESERVOIR,), generator=generator)]
-        fresh = values[torch.randint(len(values), (RESERVOIR,), generator=generator)]
-        from_new = torch.rand(RESERVOIR, generator=generator) < len(values) / total
-        self.reservoir = torch.where(from_new, fresh, known) if self.count else fresh
+    @property
+    def reservoir(self) -> Tensor:
+        """A sample of the input, float32 (n,): every timestep has the same part in it."""
+        return torch.cat(list(self.reservoirs.values())) if self.reservoirs else torch.empty(0)
+
+    def add_rows(self, layer: Quantizable, x: Tensor, limit: int, generator: torch.Generator) -> None:
+        """Keep at most `limit` random contraction rows of an input."""
+        rows = contraction_rows(layer, x.float())
+        rows = rows[:, torch.randperm(rows.shape[1], generator=generator)[:limit]]
+        self.rows = rows if self.rows is None else torch.cat([self.rows, rows], 1)
 
     def add_hessian(self, layer: Quantizable, x: Tensor, limit: int, generator: torch.Generator) -> None:
         """Add x x^T of at most `limit` random rows (tokens, or output positions of a convolution)."""
@@ -177,6 +185,18 @@ class InputStatistics:
         product = rows.transpose(1, 2) @ rows
         self.hessian = product if self.hessian is None else self.hessian + product
         self.hessian_rows += rows.shape[1]
+
+
+def _sampled(known: Tensor, seen: int, values: Tensor, generator: torch.Generator) -> Tensor:
+    """Everything while there is room, then a uniform sample: old and new values survive in proportion to their numbers."""
+    total = seen + values.numel()
+    if total <= RESERVOIR:
+        return torch.cat([known, values])
+    if 0 < len(known) < RESERVOIR:
+        known = known[torch.randint(len(known), (RESERVOIR,), generator=generator)]
+    fresh = values[torch.randint(len(values), (RESERVOIR,), generator=generator)]
+    from_new = torch.rand(RESERVOIR, generator=generator) < len(values) / total
+    return torch.where(from_new, fresh, known) if seen else fresh
 
 
 def contraction_rows(layer: Quantizable, x: Tensor) -> Tensor:
@@ -206,6 +226,7 @@ def collect(
     calls: Iterable[Call],
     names: Iterable[str],
     hessians: Iterable[str] = (),
+    rows: Iterable[str] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, InputStatistics]:
@@ -215,12 +236,13 @@ def collect(
 
     Args:
         names: dotted names of Linear and convolution layers.
-        hessians: those of them whose Hessian is wanted.
+        hessians, rows: those of them whose Hessian, or whose sample of contraction rows, is wanted.
     Raises:
         NonFiniteError: when an input holds a NaN or an infinity; names the layer.
         CalibrationError: when there are no calls, or a layer was never reached.
     """
-    calls, wanted, training = list(calls), set(hessians), [module for module in model.modules() if module.training]
+    calls, training = list(calls), [module for module in model.modules() if module.training]
+    hessians, rows, trace = set(hessians), set(rows), ActivationTrace()
     if not calls:
         raise CalibrationError("no calls to calibrate on; give at least one input of the model")
     found = {name: InputStatistics() for name in names}
@@ -231,9 +253,14 @@ def collect(
         def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach().cpu()
             check_finite(f"the input of layer {name!r} during calibration", x)
+            first = not found[name].count
             found[name].update(input_to_rows(layer, x.float()), state.value, generator)  # type: ignore[arg-type]
-            if name in wanted:
+            source = trace.source(args[0])
+            found[name].source = source if first or found[name].source == source else None
+            if name in hessians:
                 found[name].add_hessian(layer, x, limit, generator)  # type: ignore[arg-type]
+            if name in rows:
+                found[name].add_rows(layer, x, -(-SAMPLED_ROWS // len(calls)), generator)  # type: ignore[arg-type]
 
         return look
 
@@ -242,7 +269,7 @@ def collect(
         handles.append(state.attach(model))
     try:
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), trace:
             for done, call in enumerate(calls, 1):
                 model(*to_device(call.args, device), **to_device(call.kwargs, device))
                 if progress:

@@ -7,18 +7,21 @@ the recipe, the spec of every packed layer and, when written by `hb.save`, the S
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError, CorruptError, OutputExistsError, RecipeError, VersionError
@@ -29,6 +32,7 @@ METHOD = "halfbyte"
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 MAX_SHARD = "5GB"
+STATE = "halfbyte_state"  # the metadata key under which `write_state` keeps its entries
 ShardError = SafetensorError  # what safetensors raises on a file that is none
 
 
@@ -161,28 +165,58 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def layout(recipe: Recipe, specs: Mapping[str, LayerSpec], smoothed: list[str]) -> dict[str, Any]:
-    """The `quantization_config` entry: recipe, and the spec of every packed layer (each distinct spec written once)."""
-    distinct = list(dict.fromkeys(specs.values()))
-    entry: dict[str, Any] = {
-        "quant_method": METHOD,
-        "format_version": FORMAT_VERSION,
-        "recipe": recipe.to_dict(),
-        "specs": [spec.to_dict() for spec in distinct],
-        "layers": {name: distinct.index(spec) for name, spec in specs.items()},
-    }
-    return entry | ({"smoothed": smoothed} if smoothed else {})
+LAYOUT_KEYS = {"quant_method", "format_version", "recipe", "specs", "layers", "smoothed", "timesteps", "files"}
 
 
-LAYOUT_KEYS = {"quant_method", "format_version", "recipe", "specs", "layers", "smoothed", "files"}
+@dataclass
+class Layout:
+    """What the `quantization_config` entry of a component says: how to read the tensors of its packed layers."""
+
+    recipe: Recipe
+    layers: dict[str, LayerSpec] = field(default_factory=dict)
+    smoothed: list[str] = field(default_factory=list)  # names of the layers that carry an input scale
+    timesteps: list[float] = field(default_factory=list)  # ascending; those that the layers' tables over time have an entry for
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON; each distinct spec is written once."""
+        distinct = list(dict.fromkeys(self.layers.values()))
+        entry: dict[str, Any] = {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "recipe": self.recipe.to_dict(),
+            "specs": [spec.to_dict() for spec in distinct],
+            "layers": {name: distinct.index(spec) for name, spec in self.layers.items()},
+        }
+        optional = {"smoothed": self.smoothed, "timesteps": self.timesteps}
+        return entry | {key: value for key, value in optional.items() if value}
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any], where: str) -> "Layout":
+        """The inverse of `to_dict`; the digests of the shards, under `files`, are checked in form only.
+
+        Raises:
+            VersionError: when a newer halfbyte wrote it. CorruptError: when an entry is missing, unknown or makes no sense.
+        """
+        _check_version(entry, where)
+        try:
+            specs = [LayerSpec.from_dict(spec) for spec in entry["specs"]]
+            layers = {str(name): specs[_index(number, len(specs))] for name, number in entry["layers"].items()}
+            smoothed, files = entry.get("smoothed", []), entry.get("files", {})
+            if not isinstance(smoothed, list) or not all(name in layers for name in smoothed):
+                raise TypeError(f"smoothed must be a list of names of its layers, got {smoothed!r}")
+            if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+                raise TypeError(f"files must be a mapping of names to digests, got {files!r}")
+            timesteps = _ascending(entry.get("timesteps", []))
+            if not timesteps and any(spec.over_time for spec in specs):
+                raise TypeError("its layers have tables over time, but it lists no timesteps")
+            return cls(Recipe.from_dict(entry["recipe"]), layers, smoothed, timesteps)
+        except RecipeError as error:
+            raise CorruptError(f"{where}: {error}") from error
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CorruptError(f"{where}: quantization_config is damaged ({type(error).__name__}: {error})") from error
 
 
-def parse_layout(entry: Mapping[str, Any], where: str) -> tuple[Recipe, dict[str, LayerSpec], list[str]]:
-    """The inverse of `layout`; the digests of the shards, under `files`, are checked in form only.
-
-    Raises:
-        VersionError: when a newer halfbyte wrote it. CorruptError: when an entry is missing, unknown or makes no sense.
-    """
+def _check_version(entry: Mapping[str, Any], where: str) -> None:
     version = entry.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise CorruptError(f"{where}: format_version must be a positive integer, got {version!r}")
@@ -193,19 +227,15 @@ def parse_layout(entry: Mapping[str, Any], where: str) -> tuple[Recipe, dict[str
     unknown = set(entry) - LAYOUT_KEYS
     if unknown:
         raise CorruptError(f"{where}: quantization_config has unknown keys {sorted(unknown)}; allowed are {sorted(LAYOUT_KEYS)}")
-    try:
-        specs = [LayerSpec.from_dict(spec) for spec in entry["specs"]]
-        layers = {str(name): specs[_index(number, len(specs))] for name, number in entry["layers"].items()}
-        smoothed, files = entry.get("smoothed", []), entry.get("files", {})
-        if not isinstance(smoothed, list) or not all(name in layers for name in smoothed):
-            raise TypeError(f"smoothed must be a list of names of its layers, got {smoothed!r}")
-        if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
-            raise TypeError(f"files must be a mapping of names to digests, got {files!r}")
-        return Recipe.from_dict(entry["recipe"]), layers, smoothed
-    except RecipeError as error:
-        raise CorruptError(f"{where}: {error}") from error
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CorruptError(f"{where}: quantization_config is damaged ({type(error).__name__}: {error})") from error
+
+
+def _ascending(timesteps: Any) -> list[float]:
+    numbers = isinstance(timesteps, list) and all(
+        isinstance(t, (int, float)) and not isinstance(t, bool) and math.isfinite(t) for t in timesteps
+    )
+    if not numbers or any(a >= b for a, b in itertools.pairwise(timesteps)):
+        raise TypeError(f"timesteps must be a list of ascending numbers, got {timesteps!r}")
+    return [float(t) for t in timesteps]
 
 
 def _index(number: Any, count: int) -> int:
@@ -267,6 +297,32 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         with unreadable(file), safe_open(file, framework="pt") as shard:
             tensors.update((key, shard.get_tensor(key)) for key in shard.keys())  # noqa: SIM118
     return tensors
+
+
+def write_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> Path:
+    """Tensors and JSON-able entries as one safetensors file, replacing an older one: whole or not at all, whenever it is cut off.
+
+    Raises:
+        CheckpointError: when it cannot be written; the older file stays then.
+    """
+    return write_file(path, save(_apart(tensors), metadata={STATE: json.dumps(dict(entries))}))
+
+
+def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_state` wrote.
+
+    Raises:
+        CorruptError: when the file is not a whole safetensors file, or not one of `write_state`.
+    """
+    file = Path(path)
+    with unreadable(file), safe_open(file, framework="pt") as state:
+        entries = (state.metadata() or {}).get(STATE)
+        tensors = {key: state.get_tensor(key) for key in state.keys()}  # noqa: SIM118
+    try:
+        found = json.loads(entries)  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        raise CorruptError(f"{file} holds no training state of halfbyte: {error}") from error
+    return tensors, found
 
 
 def read_header(files: Iterable[Path]) -> dict[str, tuple[tuple[int, ...], str]]:

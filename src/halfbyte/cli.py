@@ -69,6 +69,18 @@ def demo(
     typer.echo(f"\nThe page with the pictures: {(output / 'report.html').resolve()}")
 
 
+def _lines(file: Path | None) -> list[str]:
+    """The lines of a text file that are not empty."""
+    from halfbyte.errors import HalfbyteError
+
+    if file is None:
+        return []
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise HalfbyteError(f"{file} cannot be read as a list of prompts: {error}") from error
+
+
 def _print_runs(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -114,10 +126,9 @@ def quantize(
     chosen = chosen if smooth is None else chosen.smoothed(smooth)
     if output.exists():
         raise OutputExistsError(f"{output} exists already; choose another output folder or remove it first")
-    lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()] if prompts else []
     with progress() as report:
         pipe = api.load_float(model)
-        result = api.quantize(pipe, chosen, calibrate, prompts=lines, steps=steps, seed=seed, progress=report)
+        result = api.quantize(pipe, chosen, calibrate, prompts=_lines(prompts), steps=steps, seed=seed, progress=report)
     api.save(pipe, output)
     stored, plain = stored_bytes(result.model)
     if layers:
@@ -127,6 +138,143 @@ def quantize(
         f"{len(result.layers) - kept} layers quantized, {kept} kept in float; "
         f"{stored / 1e6:.2f} MB instead of {plain / 1e6:.2f} MB in bf16 ({stored / plain:.3f}x). Written to {output}"
     )
+
+
+@app.command(
+    epilog="Examples:  halfbyte sensitivity my-model -o study    halfbyte sensitivity my-model -o study --bits 4.5    "
+    "then  halfbyte quantize my-model --recipe study/recipe.yaml -o my-model-4bit"
+)
+def sensitivity(
+    model: Annotated[Path, typer.Argument(help="Folder of a float diffusers pipeline, or a model's name on the Hub.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the figures and the page.")] = Path("sensitivity"),
+    images: Annotated[int, typer.Option(min=1, help="Images whose denoiser calls are compared.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    bits: Annotated[float | None, typer.Option(help="Budget: stored bits a weight, on average.")] = None,
+    activation_bits: Annotated[float | None, typer.Option(help="Budget: bits an activation, averaged over the work.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+) -> None:
+    """Measure what quantizing each layer alone costs, and spend a budget of bits where it helps most.
+
+    A measurement that is in OUTPUT already is used again, so that budgets can be tried.
+    """
+    from halfbyte import api
+    from halfbyte import sensitivity as room
+    from halfbyte.checkpoint import write_file
+    from halfbyte.errors import HalfbyteError
+    from halfbyte.report.heatmap import write_heatmap
+
+    if activation_bits is not None and bits is None:
+        raise HalfbyteError("--activation-bits is a second limit; give --bits too")
+    figures = output / "sensitivity.json"
+    if figures.is_file():
+        found = room.Sensitivity.load(figures)
+        typer.echo(f"using the measurement in {figures}; remove it to measure again")
+    else:
+        with progress() as report:
+            pipe = api.load_float(model)
+            found = room.measure(pipe, room.LADDER, images, steps, seed, _lines(prompts), report)
+        found.save(figures)
+    widths = None if bits is None else room.spend(found, bits, activation_bits)
+    if widths is not None:
+        recipe = room.to_recipe(found, widths, f"budget-{bits:g}" + ("" if activation_bits is None else f"-a{activation_bits:g}"))
+        write_file(output / "recipe.yaml", recipe.to_yaml().encode())
+    write_heatmap(found, output / "sensitivity.html", widths)
+    _print_sensitivity(found, widths)
+    typer.echo(f"The page with every layer: {(output / 'sensitivity.html').resolve()}")
+    if widths is not None:
+        typer.echo(f"The recipe: {(output / 'recipe.yaml').resolve()}")
+
+
+def _print_sensitivity(found: Any, widths: dict[str, str] | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from halfbyte.report.heatmap import decibel
+    from halfbyte.sensitivity import averages
+
+    table = Table(title="SQNR of the predicted noise, dB, with one family of layers quantized")
+    for heading in ("family", "weights", *found.ladder):
+        table.add_column(heading, justify="left" if heading == "family" else "right")
+    for family in sorted(found.families, key=lambda one: -one.total(next(iter(found.ladder)))):
+        table.add_row(family.name, f"{family.weights:,}", *(f"{decibel(family.total(width)):.1f}" for width in found.ladder))
+    Console().print(table)
+    if widths is not None:
+        stored, seen = averages(found, widths)
+        counts = ", ".join(f"{list(widths.values()).count(width)} at {width}" for width in found.ladder)
+        typer.echo(f"{stored:.2f} bits a weight, {seen:.2f} bits an activation: {counts}")
+
+
+@app.command(
+    epilog="Example:  halfbyte heal my-model-4bit --teacher my-model -o my-model-healed --minutes 15    "
+    "On several devices:  accelerate launch -m halfbyte.cli heal ..."
+)
+def heal(
+    model: Annotated[Path, typer.Argument(help="Folder that `halfbyte quantize` wrote.")],
+    teacher: Annotated[Path, typer.Option(help="The float model it was made from: a folder, or a name on the Hub.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the healed pipeline.")],
+    method: Annotated[str, typer.Option(help="talora: several LoRAs a layer, chosen by timestep; lora: one.")] = "talora",
+    minutes: Annotated[float | None, typer.Option(help="End after this much training.  [default: 15, without --steps]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="End after these optimizer steps.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped, with the same options.")] = False,
+    loras: Annotated[int, typer.Option(min=1, max=255, help="LoRAs a layer.")] = 2,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of each LoRA.")] = 16,
+    routing: Annotated[str, typer.Option(help="router: learned; split: equal parts of the timesteps.")] = "router",
+    dfa: Annotated[str, typer.Option(help="Weigh the loss by denoising factors: auto, ddpm, ddim, flow or off.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Samples of an optimizer step, over all processes.")] = 32,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts that a process takes its share in, to save memory.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="At its peak, in quantization steps.")] = 2e-2,
+    sampler_steps: Annotated[int, typer.Option(min=1, help="Of the teacher's trajectories.")] = 20,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train in bf16 where that is safe.")] = False,
+    ema: Annotated[float | None, typer.Option(help="Decay of averaged weights, such as 0.999.")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Recompute activations: less memory, more time.")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line, for text-to-image models.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of noise, batches and LoRAs.")] = 0,
+) -> None:
+    """Win back quality by a short fine-tune against the float model; no data needed."""
+    from halfbyte.heal.command import heal_folder
+
+    with progress() as report:
+        summary = heal_folder(
+            model,
+            teacher,
+            output,
+            prompts=_lines(prompts),
+            progress=report,
+            method=method,
+            minutes=15.0 if minutes is None and steps is None else minutes,
+            steps=steps,
+            resume=resume,
+            loras=loras,
+            rank=rank,
+            routing=routing,
+            dfa=dfa,
+            batch=batch,
+            accumulate=accumulate,
+            learning_rate=learning_rate,
+            sampler_steps=sampler_steps,
+            bf16=bf16,
+            ema=ema,
+            recompute=recompute,
+            seed=seed,
+        )
+    if summary:
+        typer.echo(summary)
+        _write_healing_page(output)
+
+
+def _write_healing_page(output: Path) -> None:
+    from halfbyte.checkpoint import read_json
+    from halfbyte.errors import MissingExtraError
+    from halfbyte.heal.command import RESULTS_FILE, run_folder
+    from halfbyte.report.healing import write_healing_report
+
+    page = run_folder(output) / "report.html"
+    try:
+        write_healing_report(read_json(page.with_name(RESULTS_FILE)), page, output.name)
+        typer.echo(f"The page with the pictures: {page.resolve()}")
+    except MissingExtraError as missing:
+        typer.echo(f"No page with pictures: {missing}")
 
 
 @app.command(epilog='Example:  halfbyte sample my-model-4bit -n 16 --steps 20 --prompt "a red bicycle" -o grid.png')
@@ -204,10 +352,13 @@ def info(model: Annotated[Path | None, typer.Argument(help="Folder of a quantize
 
 def main() -> None:
     """Entry point: intended errors and wrong usage end in a sentence, never in a traceback."""
-    from halfbyte.errors import HalfbyteError
+    from halfbyte.errors import HalfbyteError, StoppedError
 
     try:
         app()
+    except StoppedError as stop:
+        typer.secho(str(stop), fg="yellow", err=True)
+        sys.exit(128 + stop.signal)
     except HalfbyteError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from halfbyte.layers import (
     TRANSPOSED,
     Decision,
     FakeQuant,
+    GridChoice,
     LayerReport,
     check_finite,
+    follow_timesteps,
     matrix_to_weight,
     module_kind,
     swap,
@@ -25,12 +28,14 @@ from halfbyte.layers import (
     weight_to_matrix,
 )
 from halfbyte.methods.gptq import gptq
-from halfbyte.methods.smooth import scale_inputs, smooth_factors, weight_absmax
+from halfbyte.methods.low_rank import low_rank_branch
+from halfbyte.methods.msfp import fixed_scale, search_layer
+from halfbyte.methods.smooth import scale_inputs, search_strength, smooth_factors, weight_absmax
 from halfbyte.metrics import sqnr
-from halfbyte.quantizers import weight_scale
+from halfbyte.quantizers import FixedScale, weight_scale
 from halfbyte.recipe import LayerSpec, Recipe
 from halfbyte.runtime.backends import backend
-from halfbyte.runtime.layers import Packed, pack_layer, packed_shapes
+from halfbyte.runtime.layers import Packed, pack_layer
 from halfbyte.targets import TARGETS, Target
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -85,6 +90,9 @@ def decide_by(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], De
         matched = next((pattern.pattern for pattern in keep if pattern.search(name)), None)
         if matched is not None:
             return None, f"the recipe keeps {matched!r}"
+        own = next((one for one in recipe.overrides if re.search(one.pattern, name)), None)
+        if own is not None:
+            return own.spec, f"the recipe has a spec for {own.pattern!r}"
         if target.is_edge(name):
             if recipe.edge is None:
                 return None, f"edge layer, kept by the recipe; known from {source}"
@@ -121,7 +129,7 @@ def simulate(
     Weights are checked before anything is changed: a NaN leaves the model as it was.
 
     Args:
-        statistics: of the inputs of the layers; needed by recipes with smoothing or GPTQ.
+        statistics: of the inputs of the layers; needed by recipes with smoothing, GPTQ, a grid search or calibrated scales.
     Raises:
         NonFiniteError: when a weight holds a NaN or an infinity; names it.
         CalibrationError: when the recipe needs statistics of a layer and they are not given.
@@ -131,24 +139,51 @@ def simulate(
         raise ModelError(f"this {type(model).__name__} is quantized already; start from the float model")
     layers = quantizable_layers(model)
     known = statistics or {}
-    _check_statistics(specs_of(model, recipe), recipe, known)
+    specs = specs_of(model, recipe)
+    _check_statistics(specs, recipe, known)
+    timesteps = _timesteps(known) if any(spec.over_time for spec in specs.values()) else []
     for name, layer in layers.items():
         check_finite(f"{name}.weight", layer.weight)
         if layer.bias is not None:
             check_finite(f"{name}.bias", layer.bias)
     quality: dict[str, float] = {}
+    searched: dict[str, GridChoice] = {}
+    choose, target = decide_by(model, recipe), edges_of(model)[0]
+
+    def decide(name: str, layer: nn.Module) -> Decision:
+        spec, reason = choose(name, layer)
+        own = any(re.search(one.pattern, name) for one in recipe.overrides)
+        if spec is None or recipe.search is None or own or target.is_edge(name):
+            return spec, reason
+        spec, searched[name] = search_layer(spec, float_matrix(layer), known[name], recipe.search)
+        return spec, f"{reason}; {searched[name].one_sided}" if searched[name].one_sided else reason
 
     def convert(name: str, layer: Any, spec: LayerSpec) -> nn.Module:
-        made = make_fake_quant(name, layer, spec, recipe.smooth, known.get(name))
-        quality[name] = sqnr(weight_to_matrix(layer, layer.weight.detach().float()), made.quantized_weight().dequantize())
+        made = make_fake_quant(name, layer, spec, recipe.smooth, known.get(name), searched.get(name))
+        quality[name] = sqnr(float_matrix(layer), made.quantized_weight().dequantize())
         if progress:
             progress(len(quality), len(layers))
         return made  # type: ignore[no-any-return]
 
-    reports = swap(model, decide_by(model, recipe), convert)
+    reports = swap(model, decide, convert)
     for report in reports:
-        report.weight_sqnr = quality.get(report.name)
+        report.weight_sqnr, report.choice = quality.get(report.name), searched.get(report.name)
+    if timesteps:
+        follow_timesteps(model, timesteps)
     return Result(model, recipe, reports, known)
+
+
+def float_matrix(layer: Any) -> Tensor:
+    """The weights of a float layer as float32 (O, K)."""
+    return weight_to_matrix(layer, layer.weight.detach().float())
+
+
+def _timesteps(statistics: Mapping[str, InputStatistics]) -> list[float]:
+    """The calibrated timesteps, ascending; every layer has seen the same ones."""
+    seen = {tuple(sorted(t for t in one.ranges if t is not None)) for one in statistics.values()}
+    if len(seen) != 1 or not all(seen):
+        raise CalibrationError("the layers were calibrated at different timesteps, or at none; scales over time need the same ones")
+    return list(seen.pop())
 
 
 def _check_statistics(specs: Mapping[str, LayerSpec], recipe: Recipe, statistics: Mapping[str, InputStatistics]) -> None:
@@ -158,19 +193,37 @@ def _check_statistics(specs: Mapping[str, LayerSpec], recipe: Recipe, statistics
             raise CalibrationError(
                 f"recipe {recipe.name!r} smooths or compensates {name!r} and needs statistics; pass calibration="
             )
+        calibrated = spec.activation is not None and spec.activation.scale != "dynamic"
+        if calibrated and (found is None or not found.count):
+            raise CalibrationError(
+                f"recipe {recipe.name!r} calibrates the input of {name!r} and needs statistics; pass calibration="
+            )
+        if recipe.smooth == "search" and found is not None and found.rows is None:
+            raise CalibrationError(f"recipe {recipe.name!r} searches how far to smooth {name!r}; its statistics need `rows`")
         if compensate and found is not None and found.hessian is None:
             raise CalibrationError(f"recipe {recipe.name!r} compensates {name!r}, whose statistics hold no Hessian; collect it too")
 
 
 @torch.no_grad()
-def make_fake_quant(name: str, layer: Any, spec: LayerSpec, smooth: float | None, statistics: InputStatistics | None) -> Any:
-    """The trainable twin of one float layer: smoothed and compensated where asked, with the scales of its spec.
+def make_fake_quant(
+    name: str,
+    layer: Any,
+    spec: LayerSpec,
+    smooth: float | str | None = None,
+    statistics: InputStatistics | None = None,
+    choice: GridChoice | None = None,
+) -> Any:
+    """The trainable twin of one float layer: smoothed and compensated where asked, with the scales of its spec or of a search.
 
-    Smoothing is folded into the weight of `layer`, on a copy of its own: another layer or an embedding may share the weight.
+    Smoothing and the low-rank branch are taken from the weight of `layer`, on a copy of its own: others may share the weight.
     """
     input_scale = hessian = None
     if smooth is not None and statistics is not None and statistics.channel_absmax is not None:
-        factors = smooth_factors(statistics.channel_absmax, weight_absmax([layer]), smooth)
+        found = partial(smooth_factors, statistics.channel_absmax, weight_absmax([layer]))
+        if smooth == "search":
+            factors = found(search_strength(float_matrix(layer), found, statistics.rows, spec))  # type: ignore[arg-type]
+        else:
+            factors = found(float(smooth))
         layer.weight = nn.Parameter(layer.weight.clone(), layer.weight.requires_grad)
         input_scale = scale_inputs(layer, factors)
     if spec.weight.rounding == "gptq" and statistics is not None and statistics.hessian is not None:
@@ -180,9 +233,17 @@ def make_fake_quant(name: str, layer: Any, spec: LayerSpec, smooth: float | None
             seen = input_scale.double().view(groups, -1)
             seen = seen.repeat(1, count // seen.shape[1])  # K runs over taps, and over the group's channels in each
             hessian = hessian * seen[:, None, :] * seen[:, :, None]
-    kind = FAKE_QUANT[module_kind(layer)]  # type: ignore[index]
+    kind, branch = FAKE_QUANT[module_kind(layer)], None  # type: ignore[index]
+    if spec.low_rank:
+        matrix = float_matrix(layer)
+        branch = low_rank_branch(matrix, spec.low_rank)
+        layer.weight = nn.Parameter(matrix_to_weight(layer, matrix - branch).to(layer.weight.dtype), layer.weight.requires_grad)
     made = kind.from_float(layer, spec) if hessian is None else _compensated(kind, layer, spec, hessian, name)
-    made.input_scale = input_scale
+    made.input_scale, made.low_rank = input_scale, branch
+    if choice is not None and spec.activation is not None and spec.activation.scale == "static":
+        made.fix_scale(FixedScale(torch.tensor([choice.input_scale]), torch.tensor([choice.input_zero])))
+    elif spec.activation is not None and spec.activation.scale != "dynamic" and statistics is not None:
+        made.fix_scale(fixed_scale(spec.activation, statistics))
     return made
 
 
@@ -239,8 +300,9 @@ def stored_bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes of the quantized layers' codes, scales and shifts on disk, and of the same weights in bf16 (biases in neither)."""
     stored = plain = 0
     for layer in packed_layers(model).values():
-        shapes = packed_shapes(layer, layer.spec, layer.input_scale is not None)  # type: ignore[arg-type]
-        stored += sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+        shapes = layer.stored_shapes()
+        counted = [shapes[name] for name in ("weight_codes", "weight_scale", "weight_shift", "input_scale") if name in shapes]
+        stored += sum(math.prod(shape) * dtype.itemsize for shape, dtype in counted)
         plain += 2 * layer.weight.numel()
     return stored, plain
 

@@ -10,6 +10,10 @@
     │   ├── CorruptError        a shard is truncated, altered, missing, or its tensors have the wrong shape
     │   └── VersionError        the checkpoint was written by a newer halfbyte
     ├── PackedError          an operation that packed 4-bit layers cannot do
+    ├── HealError            a fine-tune cannot start or go on as asked
+    │   ├── DivergedError       the loss became NaN or infinite (the message names layer and timestep)
+    │   ├── ResumeError         the run to continue was started with another model, recipe or setting (the message names it)
+    │   └── StoppedError        a signal asked the run to stop; its state is saved
     └── MissingExtraError    an optional dependency is not installed (the message has the pip line)
 
 Messages say what came, what is allowed and what to do next.
@@ -54,6 +58,30 @@ class VersionError(CheckpointError):
 
 class PackedError(HalfbyteError, RuntimeError):
     """An operation that packed 4-bit layers cannot do."""
+
+
+class HealError(HalfbyteError, RuntimeError):
+    """A fine-tune cannot start or go on as asked."""
+
+
+class DivergedError(HealError):
+    """The loss became NaN or infinite; what was saved last is kept."""
+
+
+class ResumeError(HealError):
+    """The run to continue was started with another model, recipe or setting."""
+
+
+class StoppedError(HealError):
+    """A signal asked the run to stop; its state is saved.
+
+    Attributes:
+        signal: number of the signal.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class MissingExtraError(HalfbyteError, ImportError):

@@ -7,12 +7,15 @@ its largest level stays within 8 bits after the largest shift. Scales and offset
 
 One tie rule serves every grid: a value halfway between two neighbouring levels goes to the one whose magnitude index is even.
 On contiguous integer grids that is IEEE round-half-to-even; on minifloat grids it is round-to-even-mantissa. Zero always encodes to
-code 0: the negative zero of the sign-magnitude grids (code 8) decodes to 0 and is never produced.
+code 0: the negative zero of the sign-magnitude grids (code 8 of 16) decodes to 0 and is never produced.
+
+The floats of 6 and 8 bits and the codebook nf4 exist for comparison: their levels do not fit 8-bit integers (`simulated_only`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from halfbyte.errors import RecipeError, listed
 
-Coding = Literal["twos-complement", "sign-magnitude", "unsigned"]
+Coding = Literal["twos-complement", "sign-magnitude", "unsigned", "codebook"]
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,13 @@ class Grid:
     magnitudes: tuple[int, ...] = field(repr=False)
     coding: Coding
     bits: int = 4
+    codebook: tuple[float, ...] = field(default=(), repr=False)  # all levels in ascending order, where they are no integers
 
     @cached_property
-    def levels(self) -> tuple[int, ...]:
-        """The integer each code stands for, by code: 2**bits entries."""
+    def levels(self) -> tuple[float, ...]:
+        """The number each code stands for, by code: 2**bits integers, unless the grid is a codebook."""
+        if self.coding == "codebook":
+            return self.codebook
         if self.coding == "unsigned":
             return self.magnitudes
         if self.coding == "sign-magnitude":
@@ -54,27 +60,41 @@ class Grid:
     @property
     def bottom(self) -> int:
         """Smallest level: 0 when unsigned, else negative."""
-        return min(self.levels)
+        return int(min(self.levels))
 
     @property
     def contiguous(self) -> bool:
         """Whether the levels are all the integers from bottom to top, so that rounding alone encodes."""
         return self.top == len(self.magnitudes) - 1
 
+    @cached_property
+    def mantissa_bits(self) -> int | None:
+        """Of a minifloat; None where the magnitudes are not those of one."""
+        dense = next((index for index, level in enumerate(self.magnitudes) if level != index), len(self.magnitudes))
+        bits, exponents = (dense - 1).bit_length() - 2, len(self.magnitudes)
+        if bits < 0 or self.magnitudes != minifloat((exponents >> bits).bit_length() - 1, bits):
+            return None
+        return bits
+
     @property
     def largest_shift(self) -> int:
         """Largest shift whose top level still fits int8 (signed) or uint8 (unsigned).
 
-        0 for 8-bit grids, and for int4: with shifts its lone -8 makes rounding twice differ from rounding once. lzs4 is int4
+        0 for wider grids, and for int4: with shifts its lone -8 makes rounding twice differ from rounding once. lzs4 is int4
         without the -8, and carries them.
         """
-        if self.bits == 8 or self.coding == "twos-complement":
+        if self.bits != 4 or self.coding in ("twos-complement", "codebook"):
             return 0
         return ((127 if self.signed else 255) // self.top).bit_length() - 1
 
     @property
+    def simulated_only(self) -> bool:
+        """Whether there is no packed form: codes that are neither nibbles nor bytes, or levels beyond 8 bits."""
+        return self.coding == "codebook" or self.bits not in (4, 8) or self.top > (127 if self.signed else 255)
+
+    @property
     def decoded_dtype(self) -> torch.dtype:
-        """int8 or uint8: what a decoded, shifted level fits in."""
+        """int8 or uint8: what a decoded, shifted level fits in, unless the grid is for simulation only."""
         return torch.int8 if self.signed else torch.uint8
 
 
@@ -85,21 +105,40 @@ def minifloat(exponent_bits: int, mantissa_bits: int) -> tuple[int, ...]:
     return (*subnormal, *normal)
 
 
+def _normal_float() -> tuple[float, ...]:
+    """The 16 levels of NF4: quantiles of a normal distribution, 8 from 0 up and 8 up to 0, scaled to end at -1 and 1.
+
+    Source: Dettmers et al. 2023 (QLoRA), appendix E. The outermost probability leaves half a step of both tables outside.
+    """
+    outermost, normal = (1 - 1 / (2 * 15) + 1 - 1 / (2 * 16)) / 2, NormalDist()
+    upper = [normal.inv_cdf(outermost + (0.5 - outermost) * i / 8) for i in range(8)]
+    lower = [-normal.inv_cdf(outermost + (0.5 - outermost) * i / 7) for i in range(7)]
+    return tuple(level / upper[0] for level in (*lower, 0.0, *reversed(upper)))
+
+
+NORMAL_FLOAT = _normal_float()
+
+
+def _minifloats(bits: int, exponents: Sequence[int]) -> list[Grid]:
+    """The floats of a width, signed and unsigned, by exponent bits: where there is no sign its bit goes to the mantissa."""
+    signed = [Grid(f"e{e}m{bits - 1 - e}", minifloat(e, bits - 1 - e), "sign-magnitude", bits) for e in exponents]
+    return signed + [Grid(f"ue{e}m{bits - e}", minifloat(e, bits - e), "unsigned", bits) for e in exponents]
+
+
 GRIDS: dict[str, Grid] = {
     grid.name: grid
     for grid in (
         Grid("int4", tuple(range(8)), "twos-complement"),
         Grid("lzs4", tuple(range(8)), "sign-magnitude"),
-        Grid("e2m1", minifloat(2, 1), "sign-magnitude"),
-        Grid("e1m2", minifloat(1, 2), "sign-magnitude"),
-        Grid("e3m0", minifloat(3, 0), "sign-magnitude"),
-        Grid("ue2m2", minifloat(2, 2), "unsigned"),
-        Grid("ue1m3", minifloat(1, 3), "unsigned"),
-        Grid("ue3m1", minifloat(3, 1), "unsigned"),
+        *_minifloats(4, (1, 2, 3)),
+        *_minifloats(6, (1, 2, 3, 4)),
+        *_minifloats(8, (2, 3, 4, 5)),
+        Grid("nf4", (0, 1), "codebook", codebook=NORMAL_FLOAT),
         Grid("int8", tuple(range(128)), "twos-complement", bits=8),
         Grid("uint8", tuple(range(256)), "unsigned", bits=8),
     )
 }
+FLOAT32_EXPONENT = 0x7F800000
 ALIASES = {"uint4": "ue1m3"}
 
 
@@ -134,6 +173,12 @@ def _boundaries(grid: Grid) -> Tensor:
 
 
 @cache
+def _midpoints(grid: Grid) -> Tensor:
+    """Between neighbouring levels of a codebook; a value on one goes to the level below."""
+    return _constant([(a + b) / 2 for a, b in zip(grid.codebook, grid.codebook[1:], strict=False)])
+
+
+@cache
 def _level_table(grid: Grid) -> Tensor:
     return _constant(grid.levels)
 
@@ -151,23 +196,42 @@ def round_to_grid(units: Tensor, grid: Grid) -> Tensor:
     Returns:
         float32 integers of the same shape, never -0.
     """
+    if grid.coding == "codebook":
+        return _level_table(grid).to(units.device)[torch.bucketize(units.contiguous(), _midpoints(grid).to(units.device))]
     if grid.contiguous:
         return units.round().clamp_(grid.bottom, grid.top).add_(0.0)  # + 0.0 turns -0 into 0
+    if grid.mantissa_bits and units.dtype == torch.float32:
+        return _round_minifloat(units, grid.mantissa_bits, grid.bottom, grid.top)
     if not grid.signed:
         units = units.clamp(min=0)
     index = torch.bucketize(units.abs().contiguous(), _boundaries(grid).to(units.device), right=True)
     return _magnitude_table(grid).to(units.device)[index].copysign(units).add_(0.0)
 
 
+def _round_minifloat(units: Tensor, mantissa_bits: int, bottom: int, top: int) -> Tensor:
+    """Round to a float of few mantissa bits, thirty times as fast as a search in a table.
+
+    Levels between 2**e and 2**(e + 1) are 2**(e - mantissa_bits) apart. Adding 1.5 * 2**(e - mantissa_bits + 23) leaves float32 no
+    room for anything finer: the addition rounds, half to even, as the tie rule wants. Subtracting it again is exact, and gives +0.
+    (With no mantissa bits even is not the even index, and a table is needed.)
+    """
+    clamped = units.clamp(bottom, top)
+    binade = (clamped.view(torch.int32) & FLOAT32_EXPONENT).view(torch.float32)  # 2**e
+    coarse = binade.clamp_(min=2.0**mantissa_bits).mul_(1.5 * 2.0 ** (23 - mantissa_bits))
+    return clamped.add_(coarse).sub_(coarse)
+
+
 def levels_to_codes(levels: Tensor, grid: Grid) -> Tensor:
     """Codes (uint8) of values that are levels of the grid already; -128..127 and 0..255 for the 8-bit grids."""
+    if grid.coding == "codebook":
+        return torch.bucketize(levels.contiguous(), _midpoints(grid).to(levels.device)).to(torch.uint8)
     if grid.coding == "twos-complement":
         return (levels.to(torch.int16) & ((1 << grid.bits) - 1)).to(torch.uint8)
     magnitudes = levels.abs().contiguous()  # bucketize warns of copies
     if not grid.contiguous:
         magnitudes = torch.bucketize(magnitudes, _magnitude_table(grid).to(levels.device))
     codes = magnitudes.to(torch.uint8)
-    return codes | (levels < 0).to(torch.uint8) << 3 if grid.signed else codes
+    return codes | (levels < 0).to(torch.uint8) << (grid.bits - 1) if grid.signed else codes
 
 
 def encode(units: Tensor, grid: Grid) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.checkpoint import LAYOUT_KEYS, METHOD, layout, parse_layout, read_header, verify_hashes
+from halfbyte.checkpoint import LAYOUT_KEYS, METHOD, Layout, read_header, verify_hashes
 from halfbyte.conversion import pack, packed_layers, simulate
 from halfbyte.errors import CorruptError, ModelError, RecipeError, listed
 from halfbyte.layers import FLOAT32_BUFFERS
@@ -39,31 +39,41 @@ class LayoutConfig:
     def __init__(self, recipe: Any = "quartz-w4a4", **stored: Any) -> None:
         self.quant_method = Method.HALFBYTE
         self.files: dict[str, str] = {}
-        self.layers: dict[str, LayerSpec] = {}
-        self.smoothed: list[str] = []
         if "layers" in stored or "format_version" in stored:
-            self.recipe, self.layers, self.smoothed = parse_layout({"recipe": recipe, **stored}, "config.json")
+            self.layout = Layout.from_dict({"recipe": recipe, **stored}, "config.json")
             self.files = dict(stored.get("files", {}))
             return
         unknown = set(stored) - {"quant_method"}
         if unknown:
             raise RecipeError(f"a halfbyte config has no key {listed(unknown)}; its keys are {listed(LAYOUT_KEYS)}")
-        self.recipe = get_recipe(recipe)
+        self.layout = Layout(get_recipe(recipe))
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.layout.recipe
+
+    @property
+    def layers(self) -> dict[str, LayerSpec]:
+        """Specs of the packed layers by name; empty while the recipe is yet to be applied."""
+        return self.layout.layers
 
     @classmethod
     def from_model(cls, model: nn.Module, recipe: Recipe) -> Any:
         """The config of a model whose layers are packed."""
         made = cls(recipe)
         layers = packed_layers(model)
-        made.layers = {name: layer.spec for name, layer in layers.items()}
-        made.smoothed = [name for name, layer in layers.items() if layer.input_scale is not None]
+        timed = [layer.timestep for layer in layers.values() if layer.timestep is not None and layer.spec.over_time]
+        made.layout = Layout(
+            recipe,
+            {name: layer.spec for name, layer in layers.items()},
+            [name for name, layer in layers.items() if layer.input_scale is not None],
+            list(timed[0].calibrated) if timed else [],
+        )
         return made
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: the layout once layers are packed, else the recipe alone."""
-        if not self.layers:
-            return {"quant_method": METHOD, "recipe": self.recipe.to_dict()}
-        return layout(self.recipe, self.layers, self.smoothed)
+        return self.layout.to_dict() if self.layers else {"quant_method": METHOD, "recipe": self.recipe.to_dict()}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -82,13 +92,15 @@ def before_loading(model: nn.Module, config: LayoutConfig, files: Sequence[str |
     if config.files and paths:
         verify_hashes(paths[0].parent, config.files)
     config.files = {}  # they describe those shards only, not what is saved from this model later
-    install(model, config.layers, config.smoothed)
+    layout = config.layout
+    install(model, layout.layers, layout.smoothed, layout.timesteps)
     if keep_in_float32 is not None:
         keep_in_float32.extend(FLOAT32_BUFFERS)
     if not paths or any(path.suffix != ".safetensors" for path in paths):
         return
     header, layers = read_header(paths), packed_layers(model)
-    shapes = {name: packed_shapes(layer, layer.spec, name in config.smoothed) for name, layer in layers.items()}  # type: ignore[arg-type]
+    entries, smoothed = len(layout.timesteps), layout.smoothed
+    shapes = {name: packed_shapes(layer, layer.spec, name in smoothed, entries) for name, layer in layers.items()}  # type: ignore[arg-type]
     for name, _, key in (full.rpartition(".") for full in header):
         if name in shapes and key not in (*shapes[name], "bias"):
             raise CorruptError(f"{paths[0].parent}: the shards hold {name}.{key}; the config asks for no such tensor")

@@ -5,7 +5,7 @@ gradients straight through. `swap` visits every Linear and convolution of a modu
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,20 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfbyte.errors import ModelError, NonFiniteError
+from halfbyte.errors import CalibrationError, ModelError, NonFiniteError
+from halfbyte.formats import get_grid
 from halfbyte.quantizers import (
+    FixedScale,
     QuantizedWeight,
-    quantize_activation,
     quantize_weight,
+    round_activation,
     straight_through,
     weight_scale,
 )
 from halfbyte.recipe import LayerSpec
+from halfbyte.timestep import TimestepState
 
 Quantizable: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
-FLOAT32_BUFFERS = ("weight_scale", "input_scale")
+FLOAT32_BUFFERS = ("weight_scale", "input_scale", "activation_scale")
 FORWARD_HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -104,11 +107,39 @@ def adopt(cls: type[nn.Module], layer: nn.Module) -> Any:
     return made
 
 
-class Float32Scales:
-    """Keeps the scales of a layer in float32 when the model is cast: a bf16 scale would be another number."""
+class QuantizedLayer:
+    """What trainable and packed layers share: calibrated scales, tables over time, and scales that stay float32 in every cast."""
+
+    spec: LayerSpec
+    input_scale: Tensor | None  # float32 (C,): the input is multiplied by it before it is quantized (smoothing)
+    activation_scale: Tensor | None  # float32 (T,), where the input's scale is calibrated; T = 1: the same at all timesteps
+    activation_zero: Tensor | None  # integers (T,), where the input's grid is unsigned
+    weight_choice: Tensor | None  # uint8 (T,): which set of weights serves a timestep, where there are several
+    timestep: TimestepState | None = None
+
+    def fixed_scale(self) -> FixedScale | None:
+        """The calibrated scale of the input at this timestep; None where scales are dynamic."""
+        scale, zero = self.activation_scale, self.activation_zero
+        if scale is None:
+            return None
+        return FixedScale(scale, torch.zeros_like(scale) if zero is None else zero).at(self._row(scale))
+
+    def chosen_set(self) -> int:
+        """Which set of weights serves this timestep."""
+        return 0 if self.weight_choice is None else int(self.weight_choice[self._row(self.weight_choice)])
+
+    def _row(self, table: Tensor) -> int:
+        if len(table) == 1:
+            return 0
+        if self.timestep is None:
+            raise CalibrationError(
+                f"a {type(self).__name__} has tables over {len(table)} timesteps but follows no denoiser; put the whole model "
+                "through halfbyte, not a part of it"
+            )
+        return self.timestep.row(self.timestep.calibrated)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves follow the model; casts leave the float32 scales alone."""
+        """Moves follow the model; casts leave the float32 scales alone: a bf16 scale would be another number."""
         scales = {name: getattr(self, name) for name in FLOAT32_BUFFERS}
         super()._apply(fn, recurse)  # type: ignore[misc]
         for name, scale in scales.items():
@@ -118,14 +149,29 @@ class Float32Scales:
         return self
 
 
-class FakeQuant(Float32Scales):
+def follow_timesteps(model: nn.Module, calibrated: Sequence[float]) -> TimestepState:
+    """Have the quantized layers of a denoiser use, in their tables, the entry of the timestep it is called with.
+
+    Args:
+        calibrated: ascending timesteps, as many as the tables have entries.
+    Raises:
+        CalibrationError: when the model's forward has no timestep argument.
+    """
+    state = TimestepState(calibrated)
+    state.attach(model)
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLayer):
+            layer.timestep = state
+    return state
+
+
+class FakeQuant(QuantizedLayer):
     """What all trainable quantized layers share; mixed into the torch layer class that names their kind."""
 
-    spec: LayerSpec
-    weight: Any  # nn.Parameter
+    weight: Any  # nn.Parameter; with a leading axis (sets,) where there are several
     bias: Any  # nn.Parameter or None
     weight_scale: Tensor  # float32 (O, 1 or groups)
-    input_scale: Tensor | None  # float32 (C,): the input is multiplied by it before it is quantized (smoothing)
+    low_rank: Tensor | None  # float (O, K): the 16-bit branch, multiplied out; the weight is what it leaves
 
     @classmethod
     def from_float(cls, layer: Quantizable, spec: LayerSpec, scale: Tensor | None = None) -> Any:
@@ -139,24 +185,60 @@ class FakeQuant(Float32Scales):
         if scale is None:
             scale = weight_scale(weight_to_matrix(layer, layer.weight.detach().float()), spec.weight)
         made.register_buffer("weight_scale", scale)
-        made.register_buffer("input_scale", None)
+        for name in ("input_scale", "activation_scale", "activation_zero", "weight_choice", "low_rank"):
+            made.register_buffer(name, None)
         return made
 
-    def quantized_weight(self) -> QuantizedWeight:
-        """Levels, shifts and scales of the weight as it is now."""
-        matrix = weight_to_matrix(self, self.weight.detach())  # type: ignore[arg-type]
+    def fix_scale(self, fixed: FixedScale) -> None:
+        """Take calibrated scales (T,) of the input, and zero points where its grid is unsigned."""
+        device = self.weight.device
+        self.activation_scale = fixed.scale.to(device)
+        self.activation_zero = (
+            fixed.zero.to(device) if self.spec.activation is not None and self.spec.activation.zero_point else None
+        )
+
+    def set_weights(self, weights: Tensor, choice: Tensor) -> None:
+        """Take several versions of the weight, (sets, *shape), and a table (T,) of which one serves a timestep."""
+        self.weight = nn.Parameter(weights, self.weight.requires_grad)
+        self.weight_choice = choice.to(torch.uint8)
+        self.spec = self.spec.replace(weight=self.spec.weight.replace(sets=len(weights)))
+
+    def float_weight(self, chosen: int) -> Tensor:
+        """The float weight of one set."""
+        return self.weight if self.spec.weight.sets == 1 else self.weight[chosen]  # type: ignore[no-any-return]
+
+    def quantized_weight(self, chosen: int = 0) -> QuantizedWeight:
+        """Levels, shifts and scales of the weight, or of one of its sets, as it is now."""
+        matrix = weight_to_matrix(self, self.float_weight(chosen).detach())  # type: ignore[arg-type]
         return quantize_weight(matrix, self.weight_scale, self.spec.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def rounded_weight(self, weight: Tensor) -> Tensor:
+        """A weight of this layer's shape as the packed layer would hold it; gradients pass straight through."""
         layer: Any = self
-        rounded = matrix_to_weight(layer, self.quantized_weight().dequantize()).to(self.weight.dtype)
-        weight = straight_through(self.weight, rounded)
+        rounded = quantize_weight(weight_to_matrix(layer, weight.detach()), self.weight_scale, self.spec.weight).dequantize()
+        return straight_through(weight, matrix_to_weight(layer, rounded).to(weight.dtype))
+
+    def rounded_input(self, x: Tensor) -> Tensor:
+        """An input as the packed layer would see it; gradients pass straight through."""
+        layer: Any = self
         if self.input_scale is not None:
             x = scale_input(layer, x, self.input_scale)
-        if self.spec.activation is not None:
-            integers, scale = quantize_activation(input_to_rows(layer, x.detach()), self.spec.activation)
-            x = straight_through(x, rows_to_input(layer, integers * scale, x.shape).to(x.dtype))
-        return apply_layer(layer, x, weight, self.bias)
+        if self.spec.activation is None:
+            return x
+        rounded = round_activation(input_to_rows(layer, x.detach()), self.spec.activation, self.fixed_scale())
+        return straight_through(x, rows_to_input(layer, rounded, x.shape).to(x.dtype))
+
+    def add_branch(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output with what the 16-bit branch makes of the unrounded input, where there is one."""
+        if self.low_rank is None:
+            return y
+        layer: Any = self
+        x = x if self.input_scale is None else scale_input(layer, x, self.input_scale)
+        return y + apply_layer(layer, x, matrix_to_weight(layer, self.low_rank).to(x.dtype), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.rounded_weight(self.float_weight(self.chosen_set()))
+        return self.add_branch(apply_layer(self, self.rounded_input(x), weight, self.bias), x)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}"  # type: ignore[misc]
@@ -192,6 +274,18 @@ FAKE_QUANT: dict[type, type[FakeQuant]] = {
 
 
 @dataclass
+class GridChoice:
+    """What a search of grids found for one layer; errors are mean squares, by grid."""
+
+    input_scale: float
+    input_zero: int
+    input_range: tuple[float, float]
+    one_sided: str  # why the input could take unsigned grids; empty: it could not
+    weight_errors: dict[str, float]
+    input_errors: dict[str, float]
+
+
+@dataclass
 class LayerReport:
     """One row of the layer table: what became of a Linear or convolution, and why."""
 
@@ -201,14 +295,18 @@ class LayerReport:
     spec: LayerSpec | None  # None: kept in float
     reason: str
     weight_sqnr: float | None = None  # dB of the rounded against the float weight
+    choice: GridChoice | None = None  # where the grids were searched
 
     @property
     def bits(self) -> float:
-        """Stored bits a weight, shifts included, scales not; 16 where the layer stays in float."""
+        """Stored bits a weight: codes, shifts, all sets, scales of groups, low-rank branch; 16 where the layer stays in float."""
         if self.spec is None:
             return 16.0
-        weight = self.spec.weight
-        return (4 + (4 / weight.subgroup if weight.max_shift else 0)) if weight.grid != "int8" else 8.0
+        weight, rows = self.spec.weight, self.shape[0]
+        count = math.prod(self.shape) // rows
+        scales = {"float32": 16, "e4m3": 8, "e8m0": 8}[weight.group_scale] / weight.group if weight.group else 0
+        branch = 16 * min(self.spec.low_rank, rows, count) * (rows + count) / (rows * count)
+        return branch + scales + weight.sets * (get_grid(weight.grid).bits + (4 / weight.subgroup if weight.max_shift else 0))
 
 
 def module_kind(module: nn.Module) -> type | None:

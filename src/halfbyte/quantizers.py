@@ -150,7 +150,34 @@ def weight_scale(matrix: Tensor, spec: WeightSpec) -> Tensor:
         scale = absmax_scale(rows, grid.top << spec.max_shift)
     else:
         scale = search_scale(rows, grid, spec.max_shift, spec.subgroup, spec.norm)
-    return scale.view(matrix.shape[0], -1)
+    return round_group_scale(
+        scale.view(matrix.shape[0], -1), rows.view(matrix.shape[0], -1, rows.shape[-1]), grid, spec.group_scale
+    )
+
+
+def round_group_scale(scale: Tensor, groups: Tensor, grid: Grid, kind: str) -> Tensor:
+    """Scales of groups in the format they are stored in.
+
+    `e4m3`: 8-bit floats under one float32 scale for a whole weight or token, which maps the largest of them to 448 (NVFP4).
+    `e8m0`: powers of two; the largest magnitude of a group keeps its exponent, as the OCP specification has it, and may be cut off
+    (MXFP4).
+
+    Args:
+        scale: float32 (..., g) of the groups; groups: float32 (..., g, n), their values.
+    Returns:
+        float32 (..., g).
+    """
+    if kind == "float32":
+        return scale
+    largest = groups.abs().amax(-1)
+    if kind == "e4m3":
+        known = torch.where(largest == 0, 0.0, scale)
+        whole = (known.amax() if scale.ndim == 2 else known.amax(-1, keepdim=True)) / 448
+        whole = torch.where(whole == 0, 1.0, whole)
+        return (scale / whole).clamp(2.0**-6, 448).to(torch.float8_e4m3fn).float() * whole
+    exponent = torch.frexp(largest).exponent - torch.frexp(largest.new_tensor(float(grid.top))).exponent
+    power = torch.where(largest > 0, torch.exp2(exponent.clamp(-126, 127).float()), 1.0)
+    return torch.where(largest.isfinite(), power, torch.nan)
 
 
 def _groups(matrix: Tensor, group: int) -> Tensor:
@@ -204,37 +231,72 @@ def decode_weight(codes: Tensor, shift: Tensor | None, spec: WeightSpec) -> Tens
     return levels * torch.exp2(spread(shift.float(), levels.shape[-1], spec.subgroup))
 
 
-def quantize_activation(x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
+@dataclass
+class FixedScale:
+    """A calibrated scale and zero point of an input: value = scale * (level - zero).
+
+    scale: float32 (); zero: integers of any dtype (), 0 for signed grids. (T,) in the layers, one entry a calibrated timestep.
+    """
+
+    scale: Tensor
+    zero: Tensor
+
+    def at(self, row: int) -> "FixedScale":
+        """The entry of one timestep; the only one where there is one for all."""
+        return FixedScale(self.scale[row], self.zero[row])
+
+
+def quantize_activation(x: Tensor, spec: ActivationSpec, fixed: FixedScale | None = None) -> tuple[Tensor, Tensor]:
     """Integers and scales of an input.
 
     Args:
         x: any float dtype (r, p, c): r tokens or images with a scale each, p pixels, c channels.
+        fixed: the calibrated scale, where the spec has no dynamic ones.
     Returns:
-        float32 integers (r, p, c) with the zero point already taken off, and float32 scales (r, 1, 1), or (r, 1, c) where the spec
-        has channel groups: x is about integers * scale. Rows with a NaN or an infinity have integers 0 and scale NaN.
+        float32 integers (r, p, c) with the zero point already taken off, and float32 scales (r, 1, 1), or (r, p, c) where the spec
+        has channel groups: x is about integers * scale. Rows with a NaN or an infinity have scale NaN.
     """
     if x.numel() == 0:
         return x.float(), torch.ones(len(x), 1, 1, device=x.device)
-    step = max(1, CACHED_VALUES // x[0].numel())
-    parts = [_quantize_rows(part.float(), spec) for part in x.split(step)]
+    parts = [_quantize_rows(part.float(), spec, fixed) for part in x.split(_rows_together(x))]
     integers, scales = zip(*parts, strict=True)
     return (integers[0], scales[0]) if len(parts) == 1 else (torch.cat(integers), torch.cat(scales))
 
 
-def _quantize_rows(values: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
+def round_activation(x: Tensor, spec: ActivationSpec, fixed: FixedScale | None = None) -> Tensor:
+    """What an input is rounded to: integers times scales of `quantize_activation`, to the last bit, in fewer passes over memory.
+
+    Returns:
+        float32, shaped as x.
+    """
+    rounded = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    if x.numel():
+        step = _rows_together(x)
+        for part, out in zip(x.split(step), rounded.split(step), strict=True):
+            torch.mul(*_quantize_rows(part.float(), spec, fixed), out=out)
+    return rounded
+
+
+def _rows_together(x: Tensor) -> int:
+    return max(1, CACHED_VALUES // x[0].numel())
+
+
+def _quantize_rows(values: Tensor, spec: ActivationSpec, fixed: FixedScale | None) -> tuple[Tensor, Tensor]:
     grid, (rows, pixels, channels) = get_grid(spec.grid), values.shape
-    if spec.group:
-        padded = F.pad(values, (0, -channels % spec.group)).unflatten(-1, (-1, spec.group))
-        flat = padded.permute(0, 2, 1, 3).reshape(-1, pixels * spec.group)
-    else:
-        flat = values.reshape(rows, -1)
-    zero = None
-    if spec.zero_point:
+    flat = F.pad(values, (0, -channels % spec.group)).reshape(-1, spec.group) if spec.group else values.reshape(rows, -1)
+    shape, zero = (rows, pixels if spec.group else 1, -1), None
+    if fixed is not None:
+        scale = torch.where(flat.abs().amax(-1).isfinite(), fixed.scale, torch.nan)
+        zero = fixed.zero.float() if spec.zero_point else None
+    elif spec.zero_point:
         scale, zero = minmax_scale(flat, spec.top)
-        zero = spread(zero.view(rows, 1, -1), channels, spec.group)
+        zero = spread(zero.view(shape), channels, spec.group)
     else:
         scale = absmax_scale(flat, spec.top)
-    scale = spread(scale.view(rows, 1, -1), channels, spec.group)
+    scale = scale.view(shape)
+    if spec.group_scale != "float32":
+        scale = round_group_scale(scale, flat.view(*scale.shape, spec.group), grid, spec.group_scale)
+    scale = spread(scale, channels, spec.group)
     units = (values * scale.reciprocal()).nan_to_num(0.0, 0.0, 0.0)
     integers = _round_activation(units if zero is None else units + zero, grid, spec)
     return integers if zero is None else integers - zero, scale

@@ -57,7 +57,7 @@ class _Fields:
             nested = next((t for t in (hints[key], *typing.get_args(hints[key])) if _is_spec(t)), None)
             if nested is not None and isinstance(value, dict):
                 value = nested.from_dict(value)
-            values[key] = tuple(value) if isinstance(value, list) else value
+            values[key] = _entries(value, hints[key]) if isinstance(value, list) else value
         return cls(**values)
 
     def replace(self: Spec, **changes: Any) -> Spec:
@@ -69,10 +69,16 @@ def _is_spec(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, _Fields)
 
 
+def _entries(values: list[Any], hint: Any) -> tuple[Any, ...]:
+    """A list of a file as the tuple it stands for, its mappings as the specs that the annotation asks for."""
+    spec = next((part for part in typing.get_args(hint) if _is_spec(part)), None)
+    return tuple(spec.from_dict(value) if spec is not None and isinstance(value, dict) else value for value in values)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, _Fields):
         return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}  # type: ignore[arg-type]
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -84,7 +90,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             if any(value == allowed and type(value) is type(allowed) for allowed in typing.get_args(option)):
                 return
         elif origin is tuple:
-            if isinstance(value, tuple) and all(isinstance(entry, str) for entry in value):
+            if isinstance(value, tuple) and all(isinstance(entry, typing.get_args(option)[0]) for entry in value):
                 return
         elif (option is float and isinstance(value, int) and not isinstance(value, bool)) or (
             isinstance(value, option) and not (option is int and isinstance(value, bool))
@@ -98,7 +104,8 @@ def _type_words(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(repr(allowed) for allowed in typing.get_args(hint))}"
     if typing.get_origin(hint) is tuple:
-        return "a tuple of strings (in a file: a list)"
+        kind = typing.get_args(hint)[0]
+        return "a tuple of " + ("strings" if kind is str else kind.__name__) + " (in a file: a list)"
     return {type(None): "null", int: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(
         hint, f"a mapping of {getattr(hint, '__name__', hint)} fields"
     )
@@ -109,6 +116,14 @@ def _check_shift(owner: str, grid: Grid, max_shift: int, subgroup: int) -> None:
         raise RecipeError(f"{owner}: grid {grid.name!r} can carry shifts of 0 to {grid.largest_shift}, got max_shift {max_shift}")
     if not 1 <= subgroup <= 1024:
         raise RecipeError(f"{owner}: subgroup must be 1 to 1024 values, got {subgroup}")
+
+
+GroupScale = Literal["float32", "e4m3", "e8m0"]
+
+
+def _check_group_scale(owner: str, group: int, scale: str) -> None:
+    if scale != "float32" and not group:
+        raise RecipeError(f"{owner}: {scale} scales belong to groups; set group to how many values share one, such as 16")
 
 
 @dataclass(frozen=True)
@@ -122,19 +137,26 @@ class WeightSpec(_Fields):
     norm: float = 2.0  # p of the searched error
     rounding: Literal["nearest", "gptq"] = "nearest"  # gptq: errors are compensated along K; needs calibration
     group: int = 0  # values along K that share a scale; 0: the whole channel. Anything else is simulated only
+    group_scale: GroupScale = "float32"  # what the scales of groups are rounded to
+    sets: int = 1  # versions of the weights, chosen by timestep (healed by LoRAs that were)
 
     def _check(self) -> None:
         _check_shift("WeightSpec", get_grid(self.grid), self.max_shift, self.subgroup)
+        if not 1 <= self.sets <= 255:
+            raise RecipeError(f"WeightSpec: sets must be 1 to 255, got {self.sets}")
         if not get_grid(self.grid).signed:
             raise RecipeError(f"WeightSpec: weights need a signed grid, got {self.grid!r}")
         if self.group and self.max_shift:
             raise RecipeError("WeightSpec: group scales and shifts exclude each other; set group or max_shift to 0")
+        _check_group_scale("WeightSpec", self.group, self.group_scale)
         if self.group < 0 or not 0 < self.norm < math.inf:
             raise RecipeError(f"WeightSpec: group must be >= 0 and norm a finite number > 0, got {self.group} and {self.norm}")
 
     def describe(self) -> str:
         """Such as `lzs4<<4/16`: shifts up to 4 for subgroups of 16; `int4 g64`: scales for groups of 64."""
-        return _describe(self.grid, self.max_shift, self.subgroup, self.group)
+        return _describe(self.grid, self.max_shift, self.subgroup, self.group, self.group_scale) + (
+            f" x{self.sets}" if self.sets > 1 else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -142,7 +164,8 @@ class ActivationSpec(_Fields):
     """How the input of a layer is quantized while the model runs.
 
     One float32 scale a token (the row of a linear layer) or an image (convolutions, whose K spans neighbouring pixels), taken from
-    the data (`dynamic`). Shifted grids round twice: to 8-bit integers, then each subgroup of channels to the 4-bit table.
+    the data (`dynamic`); or calibrated ones: a single one (`static`), or one for each calibrated timestep (`timestep`).
+    Shifted grids round twice: to 8-bit integers, then each subgroup of channels to the 4-bit table.
     """
 
     grid: str = "int8"
@@ -151,7 +174,9 @@ class ActivationSpec(_Fields):
     zero_point: bool = False  # min-max range with an integer zero point; unsigned grids only
     rounding: Literal["nearest", "truncate"] = "nearest"  # of the second stage; truncate is the paper's plain right shift
     peak: int = 0  # integer the largest magnitude maps to; 0: the top level after the largest shift
-    group: int = 0  # channels that share a scale; 0: the whole token or image. Anything else is simulated only
+    group: int = 0  # channels of one token or pixel that share a scale; 0: the whole token or image. Else simulated only
+    group_scale: GroupScale = "float32"  # what the scales of groups are rounded to
+    scale: Literal["dynamic", "static", "timestep"] = "dynamic"
 
     def _check(self) -> None:
         grid = get_grid(self.grid)
@@ -163,6 +188,9 @@ class ActivationSpec(_Fields):
             raise RecipeError(
                 "ActivationSpec: truncation is a right shift; it needs max_shift > 0 and an integer grid such as 'lzs4'"
             )
+        if self.scale != "dynamic" and (self.group or self.peak):
+            raise RecipeError(f"ActivationSpec: {self.scale} scales come from calibration; set group and peak to 0")
+        _check_group_scale("ActivationSpec", self.group, self.group_scale)
         limit = 127 if grid.signed else 255
         if not 0 <= self.peak <= limit or self.group < 0:
             raise RecipeError(f"ActivationSpec: peak must be 0 to {limit} and group >= 0, got {self.peak} and {self.group}")
@@ -175,11 +203,13 @@ class ActivationSpec(_Fields):
     def describe(self) -> str:
         zero = " +z" if self.zero_point else ""
         cut = " cut" if self.rounding == "truncate" else ""
-        return _describe(self.grid, self.max_shift, self.subgroup, self.group) + zero + cut
+        fixed = "" if self.scale == "dynamic" else f" {self.scale}"
+        return _describe(self.grid, self.max_shift, self.subgroup, self.group, self.group_scale) + zero + cut + fixed
 
 
-def _describe(grid: str, max_shift: int, subgroup: int, group: int) -> str:
-    return grid + (f"<<{max_shift}/{subgroup}" if max_shift else "") + (f" g{group}" if group else "")
+def _describe(grid: str, max_shift: int, subgroup: int, group: int, scale: str) -> str:
+    shown = f" g{group}" + ("" if scale == "float32" else f" {scale}")
+    return grid + (f"<<{max_shift}/{subgroup}" if max_shift else "") + (shown if group else "")
 
 
 @dataclass(frozen=True)
@@ -188,20 +218,78 @@ class LayerSpec(_Fields):
 
     weight: WeightSpec = field(default_factory=WeightSpec)
     activation: ActivationSpec | None = None
+    low_rank: int = 0  # rank of a 16-bit branch that takes the largest singular values of the weights (SVDQuant); simulated only
 
     def simulated_only(self) -> str | None:
         """Why this layer cannot run in exact integers (None: it can)."""
+        grids = (self.weight.grid, *([] if self.activation is None else [self.activation.grid]))
+        wide = next((name for name in grids if get_grid(name).simulated_only), None)
+        if wide is not None:
+            return f"grid {wide!r} has no packed form"
+        if self.low_rank:
+            return f"its branch of rank {self.low_rank} runs in 16 bits"
         if self.weight.group:
             return f"weight scales for groups of {self.weight.group} change along K"
         if self.activation is not None and self.activation.group:
             return f"activation scales for groups of {self.activation.group} channels change along K"
         return None
 
+    @property
+    def over_time(self) -> bool:
+        """Whether the layer has tables with an entry for each calibrated timestep."""
+        return self.weight.sets > 1 or (self.activation is not None and self.activation.scale == "timestep")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.weight.rounding == "gptq" or (self.activation is not None and self.activation.scale != "dynamic")
+
     def describe(self) -> str:
-        return f"{self.weight.describe()} x {self.activation.describe() if self.activation else 'float'}"
+        branch = f" + rank {self.low_rank}" if self.low_rank else ""
+        return f"{self.weight.describe()}{branch} x {self.activation.describe() if self.activation else 'float'}"
+
+
+@dataclass(frozen=True)
+class GridSearch(_Fields):
+    """What MSFP searches for every inner layer: its grids, scales and zero points of least mean squared error."""
+
+    weight_grids: tuple[str, ...] = ("e1m2", "e2m1", "e3m0")  # one for the layer, a scale an output channel
+    signed_grids: tuple[str, ...] = ("e1m2", "e2m1", "e3m0")  # of the input
+    unsigned_grids: tuple[str, ...] = ("ue1m3", "ue2m2", "ue3m1")  # of the input, with a zero point, where it may be one-sided
+    points: int = 111  # scales tried for every grid
+    skew: float = 0.5  # an input whose minimum is above -skew * maximum may be one-sided, wherever it comes from
+    objective: Literal["input", "output"] = "input"  # the error that counts: of the rounded tensor, or of the layer's output
+
+    def _check(self) -> None:
+        for name, grids in (("weight_grids", self.weight_grids), ("signed_grids", self.signed_grids)):
+            wrong = [grid for grid in grids if not get_grid(grid).signed]
+            if wrong or not grids:
+                raise RecipeError(f"GridSearch: {name} needs signed grids, at least one, got {listed(wrong) or 'none'}")
+        wrong = [grid for grid in self.unsigned_grids if get_grid(grid).signed]
+        if wrong:
+            raise RecipeError(f"GridSearch: unsigned_grids cannot hold {listed(wrong)}")
+        if self.points < 2 or not 0 <= self.skew <= 1:
+            raise RecipeError(f"GridSearch: points must be at least 2 and skew 0 to 1, got {self.points} and {self.skew}")
 
 
 INT8 = LayerSpec(WeightSpec("int8", scale="absmax"), ActivationSpec("int8"))
+
+
+def _check_pattern(owner: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise RecipeError(f"{owner} has {pattern!r}, which is no regular expression: {error}") from error
+
+
+@dataclass(frozen=True)
+class LayerOverride(_Fields):
+    """Layers that get a spec of their own, edges included."""
+
+    pattern: str  # regular expression, searched in the layer name
+    spec: LayerSpec
+
+    def _check(self) -> None:
+        _check_pattern("LayerOverride: pattern", self.pattern)
 
 
 @dataclass(frozen=True)
@@ -212,28 +300,43 @@ class Recipe(_Fields):
     inner: LayerSpec  # every layer but the edges
     edge: LayerSpec | None = INT8  # first and last layer; null: kept in float
     after_silu: ActivationSpec | None = None  # replaces the activation where the input is a SiLU or GELU output
-    smooth: float | None = None  # strength of SmoothQuant scaling, 0 to 1; needs calibration
+    smooth: float | Literal["search"] | None = (
+        None  # strength of SmoothQuant scaling, 0 to 1, or the best for each layer; calibrates
+    )
+    search: GridSearch | None = None  # choose the grids of every inner layer; needs calibration
+    overrides: tuple[LayerOverride, ...] = ()  # layers with a spec of their own; the first that matches counts
     keep: tuple[str, ...] = ()  # regular expressions of layer names to keep in float
 
     def _check(self) -> None:
-        if self.smooth is not None and not 0 <= self.smooth <= 1:
-            raise RecipeError(f"Recipe: smooth must be 0 to 1 or null, got {self.smooth}")
+        if isinstance(self.smooth, (int, float)) and not 0 <= self.smooth <= 1:
+            raise RecipeError(f"Recipe: smooth must be 0 to 1, 'search' or null, got {self.smooth}")
+        activation = self.inner.activation
+        if self.search is not None and (activation is None or activation.scale == "dynamic" or self.after_silu is not None):
+            raise RecipeError("Recipe: a grid search needs inner activations with static or timestep scales, and no after_silu")
+        if self.smooth is not None and any(s.activation and s.activation.scale != "dynamic" for s in self._layer_specs()):
+            raise RecipeError("Recipe: smoothing changes inputs whose static or timestep scales are calibrated; set smooth to null")
         for pattern in self.keep:
-            try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise RecipeError(f"Recipe: keep has {pattern!r}, which is no regular expression: {error}") from error
+            _check_pattern("Recipe: keep", pattern)
 
     @property
     def needs_calibration(self) -> bool:
-        edge_gptq = self.edge is not None and self.edge.weight.rounding == "gptq"
-        return self.smooth is not None or self.inner.weight.rounding == "gptq" or edge_gptq
+        return self.smooth is not None or any(spec.needs_calibration for spec in self._layer_specs())
+
+    def _layer_specs(self) -> list[LayerSpec]:
+        """Every layer spec that the recipe may give to a layer; the searched ones by their grids."""
+        specs = [self.inner, *([] if self.edge is None else [self.edge]), *(one.spec for one in self.overrides)]
+        if self.after_silu is not None:
+            specs.append(self.inner.replace(activation=self.after_silu))
+        if self.search is not None and self.inner.activation is not None:
+            weights = (self.inner.weight.replace(grid=grid) for grid in self.search.weight_grids)
+            inputs = [self.inner.activation.replace(grid=grid, zero_point=False) for grid in self.search.signed_grids]
+            inputs += [self.inner.activation.replace(grid=grid, zero_point=True) for grid in self.search.unsigned_grids]
+            specs += [LayerSpec(weight, inputs[0]) for weight in weights] + [LayerSpec(activation=one) for one in inputs]
+        return specs
 
     def simulated_only(self) -> str | None:
         """Why some layer of this recipe cannot run in exact integers (None: all can)."""
-        after_silu = self.inner.replace(activation=self.after_silu)
-        hindrances = (spec.simulated_only() for spec in (self.inner, self.edge, after_silu) if spec is not None)
-        return next((hindrance for hindrance in hindrances if hindrance), None)
+        return next((hindrance for hindrance in (spec.simulated_only() for spec in self._layer_specs()) if hindrance), None)
 
     def compensated(self) -> "Recipe":
         """This recipe with GPTQ error compensation of the inner weights; needs calibration."""
@@ -247,9 +350,21 @@ class Recipe(_Fields):
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
+    def to_yaml(self) -> str:
+        """For people to read and edit; `get_recipe` takes the file back."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
 
 LZS_WEIGHT = WeightSpec("lzs4", max_shift=4)
 LZS_ACTIVATION = ActivationSpec("lzs4", max_shift=4)
+QUEST_WEIGHT = WeightSpec("int4", norm=2.4)
+INTEGERS = GridSearch(("int4",), ("int4",), ("ue1m3",))  # no choice but the sign: symmetric, or unsigned with a zero point
+FP4 = LayerSpec(WeightSpec("e2m1"), ActivationSpec("e2m1", scale="static"))
+FP6 = LayerSpec(WeightSpec("e2m3"), ActivationSpec("e2m3", scale="static"))
+FP6_SIGNED = ("e1m4", "e2m3", "e3m2", "e4m1")
+FP6_UNSIGNED = ("ue1m5", "ue2m4", "ue3m3", "ue4m2")
 
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
@@ -275,7 +390,35 @@ PRESETS: dict[str, Recipe] = {
             LayerSpec(LZS_WEIGHT, LZS_ACTIVATION),
             after_silu=ActivationSpec("ue1m3", max_shift=4, zero_point=True),
         ),
+        Recipe("msfp-w4a4", FP4, search=GridSearch()),
+        Recipe("msfp-signed-w4a4", FP4, search=GridSearch(unsigned_grids=())),  # what MSFP improves on: signed grids everywhere
+        Recipe("msfp-w6a6", FP6, search=GridSearch(FP6_SIGNED, FP6_SIGNED, FP6_UNSIGNED)),  # simulated
+        Recipe("quest-w8a8", LayerSpec(WeightSpec("int8", norm=2.4), ActivationSpec("int8", scale="timestep"))),
+        Recipe("quest-w4a8", LayerSpec(QUEST_WEIGHT, ActivationSpec("int8", scale="timestep"))),
+        Recipe("quest-w4a4", LayerSpec(QUEST_WEIGHT, ActivationSpec("int4", scale="timestep")), search=INTEGERS),
+        Recipe("quest-paper-w4a4", LayerSpec(QUEST_WEIGHT, ActivationSpec("int4", scale="static")), search=INTEGERS),
         Recipe("int4-w4a4", LayerSpec(WeightSpec("int4", scale="absmax"), ActivationSpec("int4"))),
+        Recipe("int4-g64-w4a4", LayerSpec(WeightSpec("int4", scale="absmax", group=64), ActivationSpec("int4", group=64))),
+        Recipe(  # Blackwell's format: blocks of 16 with e4m3 scales
+            "nvfp4-w4a4",
+            LayerSpec(
+                WeightSpec("e2m1", scale="absmax", group=16, group_scale="e4m3"),
+                ActivationSpec("e2m1", group=16, group_scale="e4m3"),
+            ),
+        ),
+        Recipe(  # the OCP microscaling format: blocks of 32 with powers of two as scales
+            "mxfp4-w4a4",
+            LayerSpec(
+                WeightSpec("e2m1", scale="absmax", group=32, group_scale="e8m0"),
+                ActivationSpec("e2m1", group=32, group_scale="e8m0"),
+            ),
+        ),
+        Recipe("nf4-w4a16", LayerSpec(WeightSpec("nf4", scale="absmax", group=64)), edge=None),  # QLoRA's weights
+        Recipe(  # SVDQuant: smoothing, a 16-bit branch of rank 32, the rest in INT4 with group scales
+            "svdquant-w4a4",
+            LayerSpec(WeightSpec("int4", scale="absmax", group=64), ActivationSpec("int4", group=64), low_rank=32),
+            smooth="search",
+        ),
         Recipe("int8-w8a8", INT8),
     )
 }

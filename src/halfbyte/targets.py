@@ -55,3 +55,18 @@ TARGETS: dict[str, Target] = {
         after_silu=(*_EMBEDDERS, *_GELU_FEED_FORWARD, r"norm1?(_context)?\.linear$", r"^norm_out\.linear$"),
     ),
 }
+
+FAMILIES = {  # in words -> patterns of layer names; the first that matches counts
+    "time embedding": (r"time_emb", r"(timestep|time|add)_embedd", r"norm\w*\.linear", r"adaln", r"emb_layers"),
+    "attention input": (r"(to|add)_[qkv](kv)?(_proj)?$", r"\b(q|k|v|qkv|query|key|value|in)_?(proj)?$"),
+    "attention output": (r"to_(add_)?out", r"out_proj$", r"proj_attn$"),
+    "feed-forward": (r"\bff", r"mlp", r"feed_?forward", r"proj_mlp"),
+    "shortcut": (r"shortcut", r"skip"),
+    "resampling": (r"(down|up)samplers?\b",),
+}
+
+
+def family_of(name: str, layer: object) -> str:
+    """What a layer is for, by its name; by its class, such as "convolution", where the name says nothing."""
+    found = next((family for family, patterns in FAMILIES.items() if _matches(patterns, name)), None)
+    return found or ("convolution" if "Conv" in type(layer).__name__ else "linear")

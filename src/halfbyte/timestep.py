@@ -14,15 +14,36 @@ from halfbyte.errors import CalibrationError
 ARGUMENTS = ("timestep", "timesteps", "t")
 
 
+def timestep_argument(denoiser: nn.Module) -> tuple[str, int]:
+    """Name and position of the timestep among the arguments of a denoiser's forward.
+
+    Raises:
+        CalibrationError: when no argument is named timestep, timesteps or t.
+    """
+    parameters = list(inspect.signature(denoiser.forward).parameters)
+    name = next((argument for argument in ARGUMENTS if argument in parameters), None)
+    if name is None:
+        raise CalibrationError(
+            f"{type(denoiser).__name__}.forward({', '.join(parameters)}) has no argument named {', '.join(ARGUMENTS)}"
+        )
+    return name, parameters.index(name)
+
+
 class TimestepState:
     """The current timestep of one denoiser.
 
     `attach` hooks the denoiser; from then on `value` is the timestep of the call under way, the largest one where a batch mixes
-    several. Layers hold a reference to the state and look their row up with `row`.
+    several. Layers hold a reference to the state and look their row up with `row`. A deep copy of the denoiser follows a copy of
+    the state.
+
+    Args:
+        calibrated: ascending timesteps that the layers' tables have an entry for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, calibrated: Sequence[float] = ()) -> None:
         self.value: float | None = None
+        self.calibrated = tuple(calibrated)
+        self._argument: tuple[str, int] | None = None  # name and position
 
     def attach(self, denoiser: nn.Module) -> RemovableHandle:
         """Follow the timestep argument of a denoiser's forward.
@@ -30,20 +51,14 @@ class TimestepState:
         Raises:
             CalibrationError: when forward has no argument named timestep, timesteps or t.
         """
-        parameters = list(inspect.signature(denoiser.forward).parameters)
-        name = next((argument for argument in ARGUMENTS if argument in parameters), None)
-        if name is None:
-            raise CalibrationError(
-                f"{type(denoiser).__name__}.forward({', '.join(parameters)}) has no argument named {', '.join(ARGUMENTS)}"
-            )
-        position = parameters.index(name)
+        self._argument = timestep_argument(denoiser)
+        return denoiser.register_forward_pre_hook(self._read, with_kwargs=True)
 
-        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = kwargs[name] if name in kwargs else args[position] if position < len(args) else None
-            if value is not None:
-                self.value = float(value.max()) if isinstance(value, torch.Tensor) else float(value)
-
-        return denoiser.register_forward_pre_hook(read, with_kwargs=True)
+    def _read(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name, position = self._argument  # type: ignore[misc]
+        value = kwargs[name] if name in kwargs else args[position] if position < len(args) else None
+        if value is not None:
+            self.value = float(value.max()) if isinstance(value, torch.Tensor) else float(value)
 
     def row(self, calibrated: Sequence[float]) -> int:
         """Index of the nearest calibrated timestep at or above the current one; the last one where none is above.

@@ -40,6 +40,7 @@ def make_layer(name: str, sqnr: float | None) -> dict:
         "reason": "kept by the recipe" if kept else "inner layer",
         "weight_sqnr": None if kept else sqnr + 3,
         "output_sqnr": sqnr,
+        "choice": None,
     }
 
 
@@ -408,7 +409,8 @@ WRONG = {
         {"mean": 3},
         r"runs\[1\].psnr has no 'stderr'; it needs the keys 'mean', 'stderr'",
     ),
-    "numbers in the environment": (("environment",), {"threads": 2}, "environment must be a mapping of strings to strings"),
+    "numbers in the environment": (("environment",), {"threads": 2}, "environment\\['threads'\\] must be a string, got int 2"),
+    "half a choice": (("runs", 1, "layers", 0, "choice"), {"maxval": 1.0}, r"layers\[0\].choice has no "),
     "no float model": (("runs", 0, "sqnr"), 3.0, r"results.runs\[0\] \('float'\) has an SQNR"),
     "a picture from elsewhere": (("runs", 1, "images"), "https://example.org/x.png", r"runs\[1\].images must be null or a PNG"),
     "a picture that is none": (("runs", 1, "images"), "data:image/png;base64,AAAA", r"runs\[1\].images must be null or a PNG"),

@@ -159,7 +159,7 @@ def test_float32_is_used_up_to_its_limit(largest, dtype):
 
 
 def activation_specs():
-    for name, grid in GRIDS.items():
+    for name, grid in ((name, grid) for name, grid in GRIDS.items() if not grid.simulated_only):
         plain = ActivationSpec(name, zero_point=not grid.signed)
         yield from (plain, plain.replace(peak=8), plain.replace(peak=11), plain.replace(peak=127))
         if grid.largest_shift:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.metadata
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -17,13 +18,17 @@ from halfbyte.api import quantize
 from halfbyte.conversion import Result, quantizable_layers, stored_bytes
 from halfbyte.errors import MissingExtraError
 from halfbyte.evaluate import float_states, layer_sqnr, prediction_sqnr, sample_images
+from halfbyte.formats import get_grid
+from halfbyte.layers import GridChoice
 from halfbyte.metrics import FeatureStatistics, frechet_distance, psnr, spread, ssim
+from halfbyte.recipe import LayerSpec, get_recipe
 from halfbyte.report.pictures import data_uri, grid_png
 from halfbyte.runtime.backends import describe
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
-RECIPES = ("int8-w8a8", "int4-w4a4", "quartz-w4a4", "quartz-w4a8")
+RECIPES = ("int8-w8a8", "int4-w4a4", "quartz-w4a4", "msfp-w4a4", "quartz-w4a8")
+CALIBRATION = 8  # images sampled for recipes that need calibration
 STATE_TRAJECTORIES = 16  # images whose denoiser calls the noise predictions are compared on
 LAYER_CALLS = 2  # of those calls, how many the per-layer figures use
 Report = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
@@ -116,7 +121,7 @@ def _float_run(images: Tensor, seconds: float, size: int) -> dict[str, Any]:
         "sqnr_by_timestep": [],
         "psnr": None,
         "ssim": None,
-        "frechet": _frechet(images),
+        "frechet": frechet_to_real(images),
         "seconds_per_image": seconds,
         "layers": [],
         "images": data_uri(grid_png(images[:PICTURED], 8)),
@@ -128,7 +133,8 @@ def _quantized_run(
 ) -> tuple[dict[str, Any], Tensor]:
     student = copy.copy(pipe)
     student.register_modules(unet=copy.deepcopy(pipe.unet))
-    result = quantize(student, name)
+    calibration = CALIBRATION if get_recipe(name).needs_calibration else None
+    result = quantize(student, name, calibration, steps=settings.steps, seed=settings.seed + 2)
     sqnr, by_timestep = prediction_sqnr(student.unet, states)
     damage = layer_sqnr(pipe.unet, student.unet, states.calls[:: max(1, len(states.calls) // LAYER_CALLS)])
     images, seconds = _sample(student, settings, name, report)
@@ -144,7 +150,7 @@ def _quantized_run(
         "sqnr_by_timestep": [list(pair) for pair in by_timestep],
         "psnr": spread(psnr(reference, images)),
         "ssim": spread(ssim(reference, images)),
-        "frechet": _frechet(images),
+        "frechet": frechet_to_real(images),
         "seconds_per_image": seconds / settings.images,
         "layers": layer_rows(result, damage),
         "images": data_uri(grid_png(images[:PICTURED], 8)),
@@ -165,9 +171,25 @@ def layer_rows(result: Result, damage: dict[str, float]) -> list[dict[str, Any]]
             "reason": layer.reason,
             "weight_sqnr": layer.weight_sqnr,
             "output_sqnr": damage.get(layer.name),
+            "choice": None if layer.choice is None or layer.spec is None else choice_row(layer.spec, layer.choice),
         }
         for layer in result.layers
     ]
+
+
+def choice_row(spec: LayerSpec, choice: GridChoice) -> dict[str, Any]:
+    """What a grid search found for a layer, as the report wants it."""
+    grid = get_grid(spec.activation.grid) if spec.activation else None
+    return {
+        "weight_grid": spec.weight.grid,
+        "input_grid": grid.name if grid else "float",
+        "maxval": choice.input_scale * (grid.top - choice.input_zero) if grid else math.inf,
+        "offset": -choice.input_scale * choice.input_zero,
+        "low": choice.input_range[0],
+        "high": choice.input_range[1],
+        "weight_errors": choice.weight_errors,
+        "input_errors": choice.input_errors,
+    }
 
 
 def _reference() -> FeatureStatistics:
@@ -179,7 +201,7 @@ def _reference() -> FeatureStatistics:
 
 
 @torch.inference_mode()
-def _frechet(images: Tensor) -> float:
+def frechet_to_real(images: Tensor) -> float:
     """Frechet distance of images (N, 1, 32, 32) to the real ones, on the demo's own features; not comparable with FID."""
     from halfbyte.demo.features import DemoFeatures
 

@@ -15,7 +15,7 @@ The division must happen before the input is rounded. Two places can hold it:
 Source: Xiao et al., "SmoothQuant: accurate and efficient post-training quantization for large language models", arXiv 2211.10438.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ from torch import Tensor, nn
 
 from halfbyte.errors import CalibrationError, ModelError, NonFiniteError, RecipeError
 from halfbyte.layers import TRANSPOSED, Quantizable
+from halfbyte.quantizers import quantize_activation, quantize_weight, weight_scale
+from halfbyte.recipe import LayerSpec
 
+STRENGTHS = 20  # steps of the search from 0 to 1
 FAINT = 2.0**-24  # a channel this far below the largest one is treated as dead: no float32 sum of both would notice it
 AFFINE_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -82,6 +85,32 @@ def weight_absmax(layers: Sequence[Quantizable]) -> Tensor:
     if len({len(found) for found in maxima}) > 1:
         raise ModelError(f"layers that share an input must read equally many channels, got {[len(found) for found in maxima]}")
     return torch.stack(maxima).amax(0)
+
+
+def search_strength(matrix: Tensor, factors: Callable[[float], Tensor], rows: Tensor, spec: LayerSpec) -> float:
+    """The strength that leaves the least error of a layer's output.
+
+    Args:
+        matrix: weights float32 (O, K). rows: what they are multiplied with, float32 (G, n, K).
+        factors: strength -> factors of the input channels, float32 (C,).
+    """
+    exact, errors = _product(rows, matrix), {}
+    for strength in (step / STRENGTHS for step in range(STRENGTHS + 1)):
+        along = factors(strength)
+        along = along.view(len(rows), -1).repeat(1, rows.shape[-1] * len(rows) // len(along))  # K runs over taps, then channels
+        spread = along.repeat_interleave(len(matrix) // len(rows), 0)
+        scaled = matrix * spread
+        weight = quantize_weight(scaled, weight_scale(scaled, spec.weight), spec.weight).dequantize()
+        inputs = rows / along[:, None]
+        if spec.activation is not None:
+            integers, scale = quantize_activation(inputs.flatten(0, 1)[:, None], spec.activation)
+            inputs = (integers * scale)[:, 0].view_as(inputs)
+        errors[strength] = float((_product(inputs, weight) - exact).square().sum())
+    return min(errors, key=errors.__getitem__)
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    return rows @ matrix.view(len(rows), -1, matrix.shape[-1]).transpose(1, 2)
 
 
 @torch.no_grad()

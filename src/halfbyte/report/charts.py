@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
@@ -43,6 +43,8 @@ class Plot:
     series: list[Series]
     blocks: list[tuple[int, int, str]] = field(default_factory=list)  # first and last x, and the name of what lies there
     reverse: bool = False  # x falls from left to right
+    y_label: str = "SQNR, dB"
+    markers: bool = True
 
 
 def marker(style: int) -> tuple[list[tuple[float, float]], float]:
@@ -95,6 +97,26 @@ def timestep_plot(runs: Sequence[Run]) -> Plot | None:
     ends = [f"{_ends(line)} for {runs[line.style]['recipe']}" for line in series]
     described = f"SQNR of the predicted noise in decibels, from the first sampling step to the last: {'; '.join(ends)}."
     return Plot("timesteps", "SQNR of the predicted noise over time", described, "timestep (noise to image)", series, reverse=True)
+
+
+def loss_plot(log: Sequence[Mapping[str, float]]) -> Plot | None:
+    """The loss of a healing run over its steps; None where the log has fewer than two rows."""
+    points = [(row["step"], row["loss"]) for row in log if finite(row["loss"])]
+    if len(points) < 2:
+        return None
+    steps, losses = [step for step, _ in points], [loss for _, loss in points]
+    described = f"Loss over {steps[-1]} optimizer steps, from {losses[0]:.3g} to {losses[-1]:.3g}."
+    return Plot("loss", "Loss", described, "optimizer step", [Series(0, steps, losses)], y_label="loss", markers=False)
+
+
+def gamma_plot(timesteps: Sequence[float], gamma: Sequence[float]) -> Plot:
+    """Denoising factors over timesteps, in sampling order."""
+    described = (
+        f"Weight of the loss by timestep, from {gamma[-1]:.3g} at the noisy end to {gamma[0]:.3g} at the clean end; 1 on average."
+    )
+    series = [Series(0, timesteps, gamma)]
+    label = "timestep (noise to image)"
+    return Plot("gamma", "Denoising factors", described, label, series, reverse=True, y_label="weight of the loss", markers=False)
 
 
 def _number(value: float | None) -> float:

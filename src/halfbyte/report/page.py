@@ -42,28 +42,38 @@ def write_report(results: Any, path: str | Path) -> None:
     write_file(path, render(check_results(results)).encode("utf-8"))
 
 
-def render(results: Results) -> str:
-    """The page as text."""
+def environment() -> Any:
+    """The templates, their filters and what they all use.
+
+    Raises:
+        MissingExtraError: without jinja2.
+    """
     try:
         import jinja2
     except ImportError as error:
         raise MissingExtraError("the report needs jinja2: pip install 'halfbyte[report]'") from error
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"fixed": fixed, "spread": spread, "significant": significant, "ratio": ratio}
-    environment.globals |= {
+    made.filters |= {"fixed": fixed, "spread": spread, "significant": significant, "ratio": ratio, "errors": errors}
+    made.globals |= {
         "marker_points": marker_points,
         "colours": COLOURS,
         "picture_size": picture_size,
         "pixels_below": PIXELS_BELOW,
     }
+    return made
+
+
+def render(results: Results) -> str:
+    """The page as text."""
     runs = results["runs"]
-    return environment.get_template("report.html.j2").render(
+    template = environment().get_template("report.html.j2")
+    page: str = template.render(
         results=results,
         settings=results["settings"],
         runs=runs,
@@ -72,6 +82,7 @@ def render(results: Results) -> str:
         measured=[key for key in ("psnr", "ssim", "frechet", "images") if any(dict(run)[key] is not None for run in runs)],
         charts=[drawn(plot) for plot in (layer_plot(runs[1:]), timestep_plot(runs[1:])) if plot is not None],
     )
+    return page
 
 
 def drawn(plot: Plot) -> dict[str, Any]:
@@ -118,6 +129,13 @@ def significant(value: float | None) -> str:
     if value is None or not math.isfinite(value) or value == 0:
         return fixed(value, 0)
     return fixed(value, max(0, 2 - math.floor(math.log10(abs(value)))))
+
+
+def errors(found: dict[str, float]) -> list[tuple[str, str]]:
+    """Grids and their mean squared errors, the least first, each as a multiple of it."""
+    ranked = sorted(found.items(), key=lambda pair: pair[1])
+    least = ranked[0][1] if ranked else 0.0
+    return [(grid, f"{error:.2e}" if error == least or not least else f"×{fixed(error / least, 2)}") for grid, error in ranked]
 
 
 def ratio(run: Run) -> str:

@@ -26,6 +26,19 @@ class Spread(TypedDict):
     stderr: float | None  # standard error of the mean; null where there is none
 
 
+class Choice(TypedDict):
+    """What a search of grids found for one layer."""
+
+    weight_grid: str
+    input_grid: str
+    maxval: float  # largest value the input's grid holds
+    offset: float  # the value of level 0: 0, or below it for unsigned grids
+    low: float  # range of the input in calibration
+    high: float
+    weight_errors: dict[str, float]  # mean square, by grid
+    input_errors: dict[str, float]
+
+
 class Layer(TypedDict):
     """What became of one Linear or convolution."""
 
@@ -38,6 +51,7 @@ class Layer(TypedDict):
     reason: str
     weight_sqnr: float | None  # dB of the rounded against the float weight
     output_sqnr: float | None  # dB of the layer's output against the float layer's, both given the float model's input
+    choice: Choice | None  # null: its grids were given by the recipe
 
 
 class Run(TypedDict):
@@ -147,8 +161,11 @@ def _check(place: str, value: Any, hint: Any) -> None:
         for index, (entry, part) in enumerate(zip(value, parts, strict=True)):
             _check(f"{place}[{index}]", entry, part)
     elif origin is dict:
-        texts = isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
-        _need(texts, place, value, "a mapping of strings to strings")
+        _need(
+            isinstance(value, dict) and all(isinstance(key, str) for key in value), place, value, "a mapping with strings as keys"
+        )
+        for key, entry in value.items():
+            _check(f"{place}[{key!r}]", entry, parts[1])
     elif hint is float:
         _need(isinstance(value, int | float) and not isinstance(value, bool), place, value, "a number")
     else:

@@ -79,10 +79,12 @@ def _figure(plot: Plot, width: int) -> "Figure":
     size = min(7.0, max(3.0, 0.8 * width / most))
     for line in plot.series:
         colour = PLACEHOLDERS[f"series-{line.style % COLOURS}"]
-        axes.plot(line.x, line.y, color=colour, linewidth=1.2, alpha=0.55)
+        axes.plot(line.x, line.y, color=colour, linewidth=1.2, alpha=0.55 if plot.markers else 1.0)
+        if not plot.markers:
+            continue
         points, scale = marker(line.style)
         axes.plot(line.x, line.y, color=colour, linestyle="none", marker=points, markersize=scale * size, markeredgewidth=0)
-    axes.set_ylabel("SQNR, dB")
+    axes.set_ylabel(plot.y_label)
     axes.set_xlabel(plot.x_label)
     if plot.blocks:
         _name_blocks(axes, plot.blocks, width)

@@ -5,7 +5,7 @@ a zero-memory stand-in of the right shape, dtype and device whose `.data` refuse
 (`fuse_lora`, for one) fails with a sentence instead of losing its work.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from halfbyte.errors import CorruptError, PackedError
 from halfbyte.formats import get_grid
 from halfbyte.layers import FLOAT32_BUFFERS as FLOAT32_BUFFERS
-from halfbyte.layers import FakeQuant, Float32Scales, Quantizable, adopt, matrix_shape, scale_input
+from halfbyte.layers import FakeQuant, Quantizable, QuantizedLayer, adopt, follow_timesteps, matrix_shape, scale_input
 from halfbyte.packing import pack_nibbles, unpack_nibbles
 from halfbyte.quantizers import QuantizedWeight, decode_weight
 from halfbyte.recipe import LayerSpec
@@ -22,6 +22,10 @@ from halfbyte.runtime import cpu
 from halfbyte.runtime.backends import engine_plan
 from halfbyte.runtime.ops import quantized_forward
 from halfbyte.runtime.tiled import Tiled
+
+BUFFERS = (
+    "weight_codes", "weight_scale", "weight_shift", "weight_choice", "input_scale", "activation_scale", "activation_zero",
+)  # fmt: skip
 
 
 class PackedWeight(Tensor):
@@ -48,43 +52,44 @@ class _NoBackward(torch.autograd.Function):
         raise PackedError("packed layers are for inference and pass no gradients; quantize with simulate=True to train")
 
 
-class Packed(Tiled, Float32Scales):
+class Packed(Tiled, QuantizedLayer):
     """What all packed layers share; mixed into the torch layer class that names their kind."""
 
-    spec: LayerSpec
     bias: Any  # nn.Parameter or None
-    weight_codes: Tensor  # uint8 (O, ceil(K / 2)) for 4-bit grids, (O, K) for 8-bit ones
-    weight_scale: Tensor  # float32 (O, 1)
-    weight_shift: Tensor | None  # uint8, nibbles (O, ceil(ceil(K / subgroup) / 2))
-    input_scale: Tensor | None  # float32 (C,): the input is multiplied by it before it is quantized (smoothing)
+    weight_codes: Tensor  # uint8 (O, ceil(K / 2)) for 4-bit grids, (O, K) for 8-bit ones; (sets, ...) where there are several
+    weight_scale: Tensor  # float32 (O, 1), the same for all sets
+    weight_shift: Tensor | None  # uint8, nibbles (O, ceil(ceil(K / subgroup) / 2)), or (sets, ...)
     plan: cpu.Plan | str  # how the C++ engine runs this layer, or why it does not
 
     @classmethod
-    def empty(cls, layer: Quantizable, spec: LayerSpec, smoothed: bool = False) -> Any:
-        """A layer of the right sizes whose codes and scales are yet to be loaded, on the device of the given layer's weight."""
+    def empty(cls, layer: Quantizable, spec: LayerSpec, smoothed: bool = False, timesteps: int = 1) -> Any:
+        """A layer of the right sizes whose codes and scales are yet to be loaded, on the device of the given layer's weight.
+
+        Args:
+            smoothed: whether it has an input scale. timesteps: entries of its tables over time.
+        """
         hindrance = spec.simulated_only()
         if hindrance:
             raise PackedError(f"{spec.describe()} cannot be packed: {hindrance}; it exists for simulation (simulate=True)")
         made = adopt(cls, layer)  # type: ignore[arg-type]
         made.spec, made.bias = spec, layer.bias
         made.plan = cpu.plan_for(made, spec)
-        for name in ("weight_codes", "weight_scale", "weight_shift", "input_scale"):
+        for name in BUFFERS:
             made.register_buffer(name, None)
         made.register_buffer("weight_tiles", None, persistent=False)
-        for name, (shape, dtype) in packed_shapes(layer, spec, smoothed).items():
+        for name, (shape, dtype) in packed_shapes(layer, spec, smoothed, timesteps).items():
             setattr(made, name, torch.empty(shape, dtype=dtype, device=layer.weight.device))
         return made
 
-    @classmethod
-    def from_quantized(cls, layer: Quantizable, spec: LayerSpec, quantized: QuantizedWeight) -> Any:
-        """A layer that stores the given levels, with the bias of `layer`."""
-        made = cls.empty(layer, spec)
-        codes = quantized.codes()
-        made.weight_codes = pack_nibbles(codes) if get_grid(spec.weight.grid).bits == 4 else codes.contiguous()
-        made.weight_scale = quantized.scale.contiguous()
-        if quantized.shift is not None:
-            made.weight_shift = pack_nibbles(quantized.shift)
-        return made
+    def store(self, sets: Sequence[QuantizedWeight]) -> None:
+        """Take the levels, shifts and scale of a weight, or of all its sets (which share their scale)."""
+        four_bit = get_grid(self.spec.weight.grid).bits == 4
+        codes = [pack_nibbles(one.codes()) if four_bit else one.codes().contiguous() for one in sets]
+        shifts = [pack_nibbles(one.shift) for one in sets if one.shift is not None]
+        self.weight_codes = codes[0] if len(codes) == 1 else torch.stack(codes)
+        self.weight_scale = sets[0].scale.contiguous()
+        if shifts:
+            self.weight_shift = shifts[0] if len(shifts) == 1 else torch.stack(shifts)
 
     @property
     def weight(self) -> Tensor:
@@ -99,12 +104,21 @@ class Packed(Tiled, Float32Scales):
             shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
         return torch.zeros((), dtype=dtype, device=self.weight_scale.device).expand(shape).as_subclass(PackedWeight)
 
-    def levels(self) -> Tensor:
-        """The weight's integers, shifts applied: float32 whole numbers (O, K)."""
+    def stored_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Names, shapes and dtypes of what a checkpoint holds of this layer (bias aside), in whichever order its codes are now."""
+        tables = (self.weight_choice, self.activation_scale)
+        entries = max(len(table) for table in (*tables, (0,)) if table is not None)
+        return packed_shapes(self, self.spec, self.input_scale is not None, entries)  # type: ignore[arg-type]
+
+    def levels(self, chosen: int = 0) -> Tensor:
+        """The integers of the weight, or of one of its sets, shifts applied: float32 whole numbers (O, K)."""
         layer: Any = self
-        spec, (_, count) = self.spec.weight, matrix_shape(layer)
-        codes = unpack_nibbles(self.weight_codes, count) if get_grid(spec.grid).bits == 4 else self.weight_codes
-        shift = None if self.weight_shift is None else unpack_nibbles(self.weight_shift, -(-count // spec.subgroup))
+        spec, (_, count), shift = self.spec.weight, matrix_shape(layer), self.weight_shift
+        codes = self.weight_codes if spec.sets == 1 else self.weight_codes[chosen]
+        if get_grid(spec.grid).bits == 4:
+            codes = unpack_nibbles(codes, count)
+        if shift is not None:
+            shift = unpack_nibbles(shift if spec.sets == 1 else shift[chosen], -(-count // spec.subgroup))
         return decode_weight(codes, shift, spec)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,27 +126,39 @@ class Packed(Tiled, Float32Scales):
         plan = engine_plan(layer, x)
         with torch.no_grad():
             scaled = x if self.input_scale is None else scale_input(layer, x, self.input_scale)
+            chosen, fixed = self.chosen_set(), self.fixed_scale()
             if plan is None:
-                y = quantized_forward(self, scaled, self.levels(), self.weight_scale, self.bias, self.spec.activation)
+                activation = self.spec.activation
+                y = quantized_forward(self, scaled, self.levels(chosen), self.weight_scale, self.bias, activation, fixed)
             else:
-                y = cpu.forward(layer, plan, scaled)
+                y = cpu.forward(layer, plan, scaled, chosen, fixed)
         return _NoBackward.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}"  # type: ignore[misc]
 
 
-def packed_shapes(layer: Quantizable, spec: LayerSpec, smoothed: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def packed_shapes(
+    layer: Quantizable, spec: LayerSpec, smoothed: bool = False, timesteps: int = 1
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Names, shapes and dtypes of a packed layer's stored tensors (bias aside)."""
-    rows, count = matrix_shape(layer)
-    four_bit = get_grid(spec.weight.grid).bits == 4
+    (rows, count), weight, activation = matrix_shape(layer), spec.weight, spec.activation
+    sets = (weight.sets,) if weight.sets > 1 else ()
+    four_bit = get_grid(weight.grid).bits == 4
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "weight_codes": ((rows, (count + 1) // 2 if four_bit else count), torch.uint8),
+        "weight_codes": ((*sets, rows, (count + 1) // 2 if four_bit else count), torch.uint8),
         "weight_scale": ((rows, 1), torch.float32),
     }
-    if spec.weight.max_shift:
-        groups = -(-count // spec.weight.subgroup)
-        shapes["weight_shift"] = ((rows, (groups + 1) // 2), torch.uint8)
+    if weight.max_shift:
+        groups = -(-count // weight.subgroup)
+        shapes["weight_shift"] = ((*sets, rows, (groups + 1) // 2), torch.uint8)
+    if sets:
+        shapes["weight_choice"] = ((timesteps,), torch.uint8)
+    if activation is not None and activation.scale != "dynamic":
+        entries = (timesteps if activation.scale == "timestep" else 1,)
+        shapes["activation_scale"] = (entries, torch.float32)
+        if activation.zero_point:
+            shapes["activation_zero"] = (entries, torch.uint8)
     if smoothed:
         shapes["input_scale"] = ((layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels,), torch.float32)
     return shapes
@@ -156,8 +182,8 @@ class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]
     channels_last = False
 
     @classmethod
-    def empty(cls, layer: Quantizable, spec: LayerSpec, smoothed: bool = False) -> Any:
-        made = super().empty(layer, spec, smoothed)
+    def empty(cls, layer: Quantizable, spec: LayerSpec, smoothed: bool = False, timesteps: int = 1) -> Any:
+        made = super().empty(layer, spec, smoothed, timesteps)
         weight = layer.weight
         made.channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         return made
@@ -193,16 +219,21 @@ PACKED: dict[type, type[Packed]] = {
 def pack_layer(layer: FakeQuant) -> Any:
     """The packed twin of a trainable layer: the same codes, the same results up to float rounding."""
     kind = next(kind for kind in PACKED if isinstance(layer, kind))
-    made = PACKED[kind].from_quantized(layer, layer.spec, layer.quantized_weight())  # type: ignore[arg-type]
-    made.input_scale = layer.input_scale
+    made = PACKED[kind].empty(layer, layer.spec)  # type: ignore[arg-type]
+    made.store([layer.quantized_weight(chosen) for chosen in range(layer.spec.weight.sets)])
+    made.input_scale, made.activation_scale, made.weight_choice = layer.input_scale, layer.activation_scale, layer.weight_choice
+    made.activation_zero = None if layer.activation_zero is None else layer.activation_zero.to(torch.uint8)
     return made
 
 
-def install(model: nn.Module, specs: Mapping[str, LayerSpec], smoothed: Collection[str] = ()) -> None:
+def install(
+    model: nn.Module, specs: Mapping[str, LayerSpec], smoothed: Collection[str] = (), timesteps: Sequence[float] = ()
+) -> None:
     """Put empty packed layers in place of the named float ones, for a loader to fill.
 
     Args:
         specs: by layer name. `smoothed`: the names of those that carry an input scale.
+        timesteps: those that tables over time have an entry for; the model's calls are followed where there are any.
     Raises:
         CorruptError: when a name is not a Linear or convolution layer of the model.
     """
@@ -213,8 +244,10 @@ def install(model: nn.Module, specs: Mapping[str, LayerSpec], smoothed: Collecti
         kind = next((kind for kind in PACKED if isinstance(layer, kind)), None)
         if kind is None:
             raise CorruptError(f"the checkpoint has a quantized layer {name!r}; this {type(model).__name__} has no such layer")
-        made[layer] = PACKED[kind].empty(layer, spec, name in smoothed)  # type: ignore[arg-type]
+        made[layer] = PACKED[kind].empty(layer, spec, name in smoothed, len(timesteps))  # type: ignore[arg-type]
     for name, layer in everywhere.items():  # a layer used in two places is replaced in both
         if layer in made:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, made[layer])
+    if timesteps:
+        follow_timesteps(model, timesteps)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from halfbyte.formats import get_grid
 from halfbyte.layers import apply_layer, input_to_rows, matrix_to_weight, rows_to_input
-from halfbyte.quantizers import quantize_activation
+from halfbyte.quantizers import FixedScale, quantize_activation
 from halfbyte.recipe import ActivationSpec
 
 FLOAT32_EXACT = 2**24  # whole numbers up to here, and so all partial sums, are exact in float32
@@ -40,7 +40,13 @@ def integer_product(layer: Any, integers: Tensor, levels: Tensor, largest_input:
 
 
 def quantized_forward(
-    layer: Any, x: Tensor, levels: Tensor, weight_scale: Tensor, bias: Tensor | None, spec: ActivationSpec | None
+    layer: Any,
+    x: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    spec: ActivationSpec | None,
+    fixed: FixedScale | None = None,
 ) -> Tensor:
     """A whole packed layer: quantize the input, multiply, scale, add the bias.
 
@@ -48,13 +54,14 @@ def quantized_forward(
         x: the float input, any float dtype.
         levels: float32 whole numbers (O, K); weight_scale: float32 (O, 1).
         spec: how to quantize the input; None multiplies the float input with the decoded weight.
+        fixed: the calibrated scale of the input, where its scale is not dynamic.
     Returns:
         The output in the dtype of x.
     """
     if spec is None:
         weight = matrix_to_weight(layer, levels * weight_scale).to(x.dtype)
         return apply_layer(layer, x, weight, None if bias is None else bias.to(x.dtype))
-    integers, scale = quantize_activation(input_to_rows(layer, x), spec)
+    integers, scale = quantize_activation(input_to_rows(layer, x), spec, fixed)
     grid = get_grid(spec.grid)
     largest = max(spec.top, max(grid.top, -grid.bottom) << spec.max_shift)  # a peak of 105 can round up to 112
     total = integer_product(layer, rows_to_input(layer, integers, x.shape), levels, largest)

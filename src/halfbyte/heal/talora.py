@@ -1,0 +1,226 @@
+"""TALoRA: a hub of H low-rank corrections for every quantized layer, and a router that picks one of them by the timestep.
+
+    weight of layer l at timestep t:    Q(W + B_h A_h)      h = argmax of router(t)[l]
+
+The sum is rounded, so after training each chosen correction melts into the 4-bit weights: run time costs nothing, storage grows to
+as many weight sets as were ever chosen. The router is one small network for the whole model, from features of the timestep to a
+softmax over H for every layer; its choice is hard, and its gradient that of the softmax (straight-through).
+
+The paper's hub size, rank and router are not public. Decided here:
+
+- Corrections are measured in quantization steps: B_h A_h is multiplied by each output channel's own step (from the error its
+  rounding leaves), so one learning rate suits every layer. Weight scales stay as calibrated.
+- The router starts at an equal split of the timesteps, through a fixed prior on its logits. From random weights one LoRA tends to
+  serve all timesteps, the others never learn, and so are never chosen.
+- The router's gradient needs what the other LoRAs would have done: one more product a layer. It is taken every few steps only.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.errors import HealError
+from halfbyte.formats import get_grid
+from halfbyte.heal.method import Method, mean_square
+from halfbyte.heal.routing import LoRASettings, Routing, by_choice
+from halfbyte.heal.states import Batch, prediction
+from halfbyte.layers import FAKE_QUANT, FakeQuant, apply_layer, follow_timesteps, matrix_to_weight, weight_to_matrix
+
+ROUTING = "talora_routing"  # the name of the router among the student's modules
+
+
+class LoRALayer(FakeQuant):
+    """A trainable quantized layer with a hub of LoRAs inside its quantizer; mixed into the torch layer class that names its kind.
+
+    The hub is low-rank in the weight as a matrix (O, K): for a convolution A is a convolution with the layer's kernel, B a 1x1 one.
+    """
+
+    lora_a: nn.Parameter  # float32 (H, r, K)
+    lora_b: nn.Parameter  # float32 (H, O, r)
+    unit: Tensor  # float32 (O, 1): what a product B A of 1 adds to a weight
+    number: int  # of this layer in the router's output
+
+    @classmethod
+    def wrap(cls, layer: FakeQuant, number: int, routing: Routing) -> Any:
+        """A layer like the given one, with a new hub: A random, B zero, so that it computes the same."""
+        made = cls.from_float(layer, layer.spec, layer.weight_scale)  # type: ignore[arg-type]
+        for name in ("input_scale", "activation_scale", "activation_zero", "low_rank"):
+            setattr(made, name, getattr(layer, name))
+        made.timestep = layer.timestep
+        matrix = weight_to_matrix(made, made.weight.detach().float())
+        (rows, count), settings = matrix.shape, routing.settings
+        rank = min(settings.rank, rows, count)
+        made.lora_a = nn.Parameter(matrix.new_empty(settings.loras, rank, count))
+        for hub in made.lora_a:
+            nn.init.kaiming_uniform_(hub.data, a=math.sqrt(5))
+        made.lora_b = nn.Parameter(matrix.new_zeros(settings.loras, rows, rank))
+        noise = (made.quantized_weight().dequantize() - matrix).square().mean(1, keepdim=True)
+        step = torch.where(noise > 0, (12 * noise).sqrt(), made.weight_scale.amax(1, keepdim=True))
+        made.register_buffer("unit", step * math.sqrt(3 * count / rank), persistent=False)  # A has variance 1 / (3 K)
+        made.number = number
+        object.__setattr__(made, "routing", routing)  # not a child: the student holds it once
+        return made
+
+    def correction(self, hub: int) -> Tensor:
+        """B_h A_h, shaped as the weight."""
+        with torch.autocast(self.lora_a.device.type, enabled=False):
+            return matrix_to_weight(self, self.lora_b[hub] @ self.lora_a[hub] * self.unit)  # type: ignore[arg-type]
+
+    def healed_weight(self, hub: int) -> Tensor:
+        """W + B_h A_h, not rounded."""
+        return self.weight + self.correction(hub)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        routing: Routing = self.routing  # type: ignore[attr-defined]
+        chosen, probability = routing.of(self.number, x.shape[0])
+        exact, x = x, self.rounded_input(x)
+
+        def operation(part: Tensor, hub: int) -> Tensor:
+            return apply_layer(self, part, self.rounded_weight(self.healed_weight(hub)), self.bias)
+
+        y = by_choice(x, chosen, operation)
+        if probability.requires_grad:
+            corrections = [self.correction(hub).detach() for hub in range(len(self.lora_a))]
+            y = _RouterGradient.apply(y, probability, x.detach(), self, corrections)
+        return self.add_branch(y, exact)
+
+
+KINDS: dict[type, type[LoRALayer]] = {
+    kind: type(f"LoRA{layer.__name__}", (LoRALayer, layer), {"__doc__": f"{layer.__name__} with a hub of LoRAs."})
+    for kind, layer in FAKE_QUANT.items()
+}
+
+
+class _RouterGradient(torch.autograd.Function):
+    """The layer's output forward; backward, for every row and LoRA h, how much B_h A_h in place of B_0 A_0 would raise the loss.
+
+    That is the gradient of the softmax's one-hot straight-through weights, up to a constant a row, to which softmax is blind.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, probability: Tensor, x: Tensor, layer: Any, corrections: list[Tensor]) -> Tensor:  # noqa: ARG004
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.corrections = layer, corrections
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), first = ctx.saved_tensors, ctx.corrections[0]
+        scores = [torch.zeros(len(x), device=x.device)]
+        for correction in ctx.corrections[1:]:
+            change = apply_layer(ctx.layer, x, (correction - first).to(x.dtype), None)
+            scores.append((gradient.float() * change.float()).flatten(1).sum(1))
+        return gradient, torch.stack(scores, 1), None, None, None
+
+
+class TALoRA(Method):
+    """Put hubs into a student, train them and the router, and melt them into the weights.
+
+    Args:
+        student: with trainable quantized layers, which are replaced in place.
+        timesteps: ascending, as the denoiser takes them: the entries of the finished tables.
+        gamma: float32 (T,): weight of the loss at each of them; None: 1.
+    Raises:
+        HealError: when the student has no layer to put LoRAs into.
+    """
+
+    name = "talora"
+
+    def __init__(
+        self, student: nn.Module, timesteps: Sequence[float], settings: LoRASettings, gamma: Tensor | None = None, seed: int = 0
+    ) -> None:
+        self.student, self.settings, self.gamma = student, settings, gamma
+        self.before: dict[str, Any] = lora_targets(student)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            self.routing = Routing(len(self.before), timesteps, settings).to(next(student.parameters()).device)
+            self.layers: dict[str, Any] = {}
+            for number, (name, layer) in enumerate(self.before.items()):
+                kind = next(kind for kind in KINDS if isinstance(layer, kind))
+                self.layers[name] = KINDS[kind].wrap(layer, number, self.routing)
+        replace(student, self.layers)
+        student.add_module(ROUTING, self.routing)
+        self.handle = self.routing.listen(student)
+
+    def trained(self) -> dict[str, float]:
+        rates = {}
+        for name, layer in self.layers.items():
+            rates[f"{name}.lora_a"] = 1 / math.sqrt(layer.lora_a.shape[-1])  # as large as its entries are
+            rates[f"{name}.lora_b"] = 1.0
+        if self.routing.learns:
+            rates |= {f"{ROUTING}.{name}": self.settings.router_rate for name, _ in self.routing.named_parameters()}
+        return rates
+
+    def identity(self) -> dict[str, Any]:
+        weights = None if self.gamma is None else [round(float(self.gamma[index]), 5) for index in (0, len(self.gamma) // 2, -1)]
+        return {"name": self.name, **asdict(self.settings), "gamma": weights}
+
+    def before_step(self, step: int) -> None:
+        self.routing.listening = self.routing.learns and step % self.settings.router_every == 0
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        losses = mean_square(prediction(model(*batch.args, **batch.kwargs)), batch.target)
+        if self.gamma is None:
+            return losses
+        times = self.routing.timesteps
+        index = torch.searchsorted(times, batch.timesteps.to(times)).clamp(max=len(times) - 1)
+        return losses * self.gamma.to(losses.device)[index]
+
+    @torch.no_grad()
+    def melt(self) -> dict[str, Tensor]:
+        """Replace the hubs by the weights they lead to, those that any timestep chooses.
+
+        Returns:
+            By layer: the choice at every timestep, uint8 (T,), numbered within the layer's own weight sets.
+        """
+        choices = {}
+        for row, (name, layer) in zip(self.routing.table(), self.layers.items(), strict=True):
+            used, choice = row.unique(return_inverse=True)
+            weights = [layer.healed_weight(hub).detach() for hub in used.tolist()]
+            if len(weights) == 1:
+                self.before[name].weight = nn.Parameter(weights[0], requires_grad=False)
+            else:
+                self.before[name].set_weights(torch.stack(weights), choice.to(weights[0].device))
+            choices[name] = choice.to(torch.uint8)
+        self.handle.remove()
+        delattr(self.student, ROUTING)
+        replace(self.student, self.before)
+        if any(len(choice.unique()) > 1 for choice in choices.values()):
+            follow_timesteps(self.student, self.routing.timesteps.tolist())
+        return choices
+
+
+def lora_targets(student: nn.Module) -> dict[str, Any]:
+    """The layers that get LoRAs, by name: quantized, with weights of fewer than 8 bits.
+
+    Raises:
+        HealError: when there is none, or one holds several weights already.
+    """
+    layers = {name: layer for name, layer in student.named_modules() if isinstance(layer, FakeQuant)}
+    if not layers:
+        raise HealError(
+            f"this {type(student).__name__} has no trainable quantized layers; run halfbyte.quantize with simulate=True on it first"
+        )
+    found = {name: layer for name, layer in layers.items() if get_grid(layer.spec.weight.grid).bits < 8}
+    if not found:
+        raise HealError(
+            f"none of the {len(layers)} quantized layers has weights of fewer than 8 bits, so there is nothing to heal; choose "
+            "another recipe"
+        )
+    healed = next((name for name, layer in found.items() if layer.spec.weight.sets > 1), None)
+    if healed is not None:
+        raise HealError(f"{healed} holds several weights already; heal the model as it was quantized, not a healed one")
+    return found
+
+
+def replace(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put layers in place of those of the same names, and in every other place those are used in."""
+    old = {model.get_submodule(name): layer for name, layer in layers.items()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in old:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, old[module])
