@@ -35,7 +35,7 @@ void two_by_two(const uint8_t* const* row, int64_t stride, const Walk& walk, con
     TILE_ZERO(3);
   }
   for (int64_t i = walk.first; i < walk.last; i++) {
-    const int64_t offset = walk.chunk_offsets[i];
+    const int64_t offset = walk.offsets[i];
     TILE_LOAD(4, row[0] + offset, stride);
     TILE_LOAD(6, panel + i * panel_chunk, 64);
     TILE_LOAD(7, panel + panel_stride + i * panel_chunk, 64);
@@ -58,7 +58,7 @@ void one(const uint8_t* row, int64_t stride, const Walk& walk, const uint8_t* pa
     TILE_ZERO(0);
   }
   for (int64_t i = walk.first; i < walk.last; i++) {
-    TILE_LOAD(4, row + walk.chunk_offsets[i], stride);
+    TILE_LOAD(4, row + walk.offsets[i], stride);
     TILE_LOAD(6, panel + i * panel_chunk, 64);
     TILE_DOT(0, 4, 6);
   }

@@ -62,14 +62,26 @@ void decode_narrow(const Nibbles& from, uint8_t* panel) {
 // ---- tiles ------------------------------------------------------------------------------------------------------------------
 
 template <int R>
+static inline void start(const Walk& walk, const int32_t* sums, __m256i (&sum)[R][2]) {
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < 2; b++) sum[r][b] = walk.first ? load(reinterpret_cast<const uint8_t*>(sums + r * 16 + b * 8)) : _mm256_setzero_si256();
+}
+
+template <int R>
+static inline void finish(const __m256i (&sum)[R][2], int32_t* sums) {
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < 2; b++) store(sums + r * 16 + b * 8, sum[r][b]);
+}
+
+template <int R>
 void narrow_tile(const uint8_t* const* row, const Walk& walk, const uint8_t* panel, int32_t* sums) {
   __m256i sum[R][2];
-  for (auto& both : sum) both[0] = both[1] = _mm256_setzero_si256();
-  for (int64_t segment = 0; segment < walk.segments; segment++) {
+  start(walk, sums, sum);
+  for (int64_t i = walk.first; i < walk.last; i++) {
     const uint8_t* from[R];
-    for (int r = 0; r < R; r++) from[r] = row[r] + walk.offsets[segment];
-    const uint8_t* weights = panel + segment * walk.chunks * 4 * narrow_sixteenth;
-    for (int64_t k = 0; k < walk.quads * 4; k += 16, weights += narrow_sixteenth) {
+    for (int r = 0; r < R; r++) from[r] = row[r] + walk.offsets[i];
+    const uint8_t* weights = panel + i * 4 * narrow_sixteenth;
+    for (int64_t k = 0; k < walk.quads[i] * 4; k += 16, weights += narrow_sixteenth) {
       __m256i small[R][2];
       for (int q = 0; q < 4; q++) {
         const __m256i first = load(weights + q * 64), second = load(weights + q * 64 + 32);
@@ -84,25 +96,25 @@ void narrow_tile(const uint8_t* const* row, const Walk& walk, const uint8_t* pan
         for (int b = 0; b < 2; b++) sum[r][b] = _mm256_add_epi32(sum[r][b], _mm256_madd_epi16(small[r][b], load(weights + 256 + b * 32)));
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int b = 0; b < 2; b++) store(sums + r * 16 + b * 8, sum[r][b]);
+  finish(sum, sums);
 }
 
 template <int R>
 void wide_tile(const uint8_t* const* row, const Walk& walk, const uint8_t* panel, int32_t* sums) {
   __m256i sum[R][2];
-  for (auto& both : sum) both[0] = both[1] = _mm256_setzero_si256();
-  for (int64_t segment = 0; segment < walk.segments; segment++) {
-    const int64_t offset = walk.offsets[segment];
-    const uint8_t* weights = panel + segment * walk.chunks * panel_chunk;
-    for (int64_t k = 0; k < walk.quads * 4; k += 4, weights += 64) {
+  start(walk, sums, sum);
+  for (int64_t i = walk.first; i < walk.last; i++) {
+    const uint8_t* from[R];
+    for (int r = 0; r < R; r++) from[r] = row[r] + walk.offsets[i];
+    const uint8_t* weights = panel + i * panel_chunk;
+    for (int64_t k = 0; k < walk.quads[i] * 4; k += 4, weights += 64) {
       __m256i even[2], odd[2];
       for (int b = 0; b < 2; b++) {
         const __m256i w = load(weights + b * 32);
         even[b] = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), odd[b] = _mm256_srai_epi16(w, 8);
       }
       for (int r = 0; r < R; r++) {
-        const __m256i x = four_of_a_row(row[r] + offset + k);
+        const __m256i x = four_of_a_row(from[r] + k);
         const __m256i x_even = _mm256_and_si256(x, _mm256_set1_epi16(255)), x_odd = _mm256_srli_epi16(x, 8);
         for (int b = 0; b < 2; b++) {
           const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(x_even, even[b]), _mm256_madd_epi16(x_odd, odd[b]));
@@ -111,8 +123,7 @@ void wide_tile(const uint8_t* const* row, const Walk& walk, const uint8_t* panel
       }
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int b = 0; b < 2; b++) store(sums + r * 16 + b * 8, sum[r][b]);
+  finish(sum, sums);
 }
 
 using Tile = void (*)(const uint8_t* const*, const Walk&, const uint8_t*, int32_t*);

@@ -23,13 +23,12 @@ template <int R, int B>
 void tile(const uint8_t* const* row, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int32_t* sums) {
   __m512i sum[R][B];
   for (int r = 0; r < R; r++)
-    for (int b = 0; b < B; b++) sum[r][b] = _mm512_setzero_si512();
-  for (int64_t segment = 0; segment < walk.segments; segment++) {
-    const int64_t offset = walk.offsets[segment];
+    for (int b = 0; b < B; b++) sum[r][b] = walk.first ? _mm512_loadu_si512(sums + (r * tile_blocks + b) * 16) : _mm512_setzero_si512();
+  for (int64_t i = walk.first; i < walk.last; i++) {
     const uint8_t* from[R];
-    for (int r = 0; r < R; r++) from[r] = row[r] + offset;
-    const uint8_t* weights = panel + segment * walk.chunks * panel_chunk;
-    for (int64_t k = 0; k < walk.quads * 4; k += 4) {
+    for (int r = 0; r < R; r++) from[r] = row[r] + walk.offsets[i];
+    const uint8_t* weights = panel + i * panel_chunk;
+    for (int64_t k = 0; k < walk.quads[i] * 4; k += 4) {
       __m512i w[B];
       for (int b = 0; b < B; b++) w[b] = _mm512_loadu_si512(weights + k * 16 + b * panel_stride);
       for (int r = 0; r < R; r++) {
@@ -108,22 +107,21 @@ void thin_block(const uint8_t* const* row, const Walk& walk, const Nibbles& from
   __m512i sum[R][2];
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
   const uint8_t *codes = from.codes, *shifts = from.shifts;
-  for (int64_t segment = 0; segment < walk.segments; segment++) {
-    const int64_t offset = walk.offsets[segment];
-    for (int64_t k = 0; k < walk.chunks * chunk; k += 16, codes += 128) {
+  for (int64_t i = 0; i < from.chunks; i++, shifts += shift_chunk) {
+    const int64_t offset = walk.offsets[i];
+    for (int sixteenth = 0; sixteenth < 4; sixteenth++, codes += 128) {
       __m512i quad[4];
       decoder.split(codes, &quad[0], &quad[1]);
       decoder.split(codes + 64, &quad[2], &quad[3]);
       _mm_prefetch(reinterpret_cast<const char*>(codes + 2048), _MM_HINT_T0);
       _mm_prefetch(reinterpret_cast<const char*>(codes + 2048 + 64), _MM_HINT_T0);
       if (Shifted) {
-        const Shift shift(shifts, k / 16 % 4);
+        const Shift shift(shifts, sixteenth);
         for (__m512i& levels : quad) levels = shift(levels);
-        if (k % chunk == 48) shifts += shift_chunk;
       }
       for (int r = 0; r < R; r++)
         for (int q = 0; q < 4; q++)
-          sum[r][q % 2] = _mm512_dpbusd_epi32(sum[r][q % 2], four_of_a_row(row[r] + offset + k + q * 4), quad[q]);
+          sum[r][q % 2] = _mm512_dpbusd_epi32(sum[r][q % 2], four_of_a_row(row[r] + offset + sixteenth * 16 + q * 4), quad[q]);
     }
   }
   for (int r = 0; r < R; r++) _mm512_storeu_si512(sums + r * stride, _mm512_add_epi32(sum[r][0], sum[r][1]));

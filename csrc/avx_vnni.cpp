@@ -14,13 +14,14 @@ constexpr int tile_rows = 6;
 template <int R>
 void tile(const uint8_t* const* row, const Walk& walk, const uint8_t* panel, int32_t* sums) {
   __m256i sum[R][2];
-  for (auto& both : sum) both[0] = both[1] = _mm256_setzero_si256();
-  for (int64_t segment = 0; segment < walk.segments; segment++) {
-    const int64_t offset = walk.offsets[segment];
+  for (int r = 0; r < R; r++)
+    for (int b = 0; b < 2; b++)
+      sum[r][b] = walk.first ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + r * 16 + b * 8)) : _mm256_setzero_si256();
+  for (int64_t i = walk.first; i < walk.last; i++) {
     const uint8_t* from[R];
-    for (int r = 0; r < R; r++) from[r] = row[r] + offset;
-    const uint8_t* weights = panel + segment * walk.chunks * panel_chunk;
-    for (int64_t k = 0; k < walk.quads * 4; k += 4) {
+    for (int r = 0; r < R; r++) from[r] = row[r] + walk.offsets[i];
+    const uint8_t* weights = panel + i * panel_chunk;
+    for (int64_t k = 0; k < walk.quads[i] * 4; k += 4) {
       const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + k * 16));
       const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + k * 16 + 32));
       for (int r = 0; r < R; r++) {

@@ -15,8 +15,8 @@ struct Drive {
   const Problem& p;
   const Kernels& kernels;
   const Output& output;
-  std::vector<int64_t> offsets;                           // of segments
-  std::vector<int64_t> chunk_offsets, gathered_offsets;   // of chunks; and where `gather` puts them
+  std::vector<int64_t> offsets, gathered_offsets;  // of chunks; and where `gather` puts them
+  std::vector<int32_t> quads;                      // of chunks
   bool thin = false;             // few rows: no panels
   int64_t panel_blocks = 1, group_panels = 1, panels = 1;  // blocks of a task; tasks of a group, of all groups
   int64_t row_step = 0, row_parts = 1;                    // rows of a task
@@ -85,11 +85,11 @@ bool are_even(const TileRows& rows, int count, int run) {
 }
 
 // Copies the chunks of rows together, run after run: (run, chunk, row of the run, 64 bytes).
-void gather(TileRows& rows, int count, int run, const std::vector<int64_t>& chunk_offsets, uint8_t* to) {
-  const auto chunks = static_cast<int64_t>(chunk_offsets.size());
+void gather(TileRows& rows, int count, int run, const std::vector<int64_t>& offsets, uint8_t* to) {
+  const auto chunks = static_cast<int64_t>(offsets.size());
   for (int r = 0; r < count; r++) {
     uint8_t* place = to + r / run * chunks * run * chunk + r % run * chunk;
-    for (int64_t i = 0; i < chunks; i++) std::memcpy(place + i * run * chunk, rows.row[r] + chunk_offsets[static_cast<size_t>(i)], chunk);
+    for (int64_t i = 0; i < chunks; i++) std::memcpy(place + i * run * chunk, rows.row[r] + offsets[static_cast<size_t>(i)], chunk);
   }
   for (int r = 0; r < most_rows; r++) rows.row[r] = to + r / run * chunks * run * chunk + r % run * chunk;
 }
@@ -109,7 +109,7 @@ struct Task {
     group = panel / d.group_panels, in_group = panel % d.group_panels * d.panel_blocks;
     first_block = group * w.group_blocks + in_group, blocks = std::min(d.panel_blocks, w.group_blocks - in_group);
     row_from = part * d.row_step, row_to = std::min(row_from + d.row_step, p.rows);
-    walk = {d.offsets.data(), w.segments, (w.length + 3) / 4, w.segment_chunks(), d.chunk_offsets.data(), 0, w.chunks};
+    walk = {d.offsets.data(), d.quads.data(), 0, w.chunks};
     if (!d.thin) weights = panels_of(d, first_block, blocks);
     const int64_t tiles = d.kernels.step ? (d.panel_blocks + d.kernels.blocks - 1) / d.kernels.blocks : 1;
     sums = reinterpret_cast<int32_t*>(scratch(Slot::sums, static_cast<size_t>(tiles * tile_sums()) * 4));
@@ -124,10 +124,10 @@ struct Task {
       TileRows rows;
       rows.take(cursor, count, group * (w.layer.inputs / w.layer.groups));
       if (d.kernels.even_rows && !d.thin && !are_even(rows, count, d.kernels.even_rows)) {
-        gather(rows, count, d.kernels.even_rows, d.chunk_offsets, scratch(Slot::rows, static_cast<size_t>(most_rows * w.chunks * chunk)));
-        walk.chunk_offsets = d.gathered_offsets.data();
+        gather(rows, count, d.kernels.even_rows, d.offsets, scratch(Slot::rows, static_cast<size_t>(most_rows * w.chunks * chunk)));
+        walk.offsets = d.gathered_offsets.data();
       } else {
-        walk.chunk_offsets = d.chunk_offsets.data();
+        walk.offsets = d.offsets.data();
       }
       multiply(row, count, rows);
     }
@@ -191,12 +191,12 @@ void drive_product(const Run& run, const Kernels& kernels, const Problem& proble
   const GridTable& grid = table_of(problem.weights.format.grid);
   const bool narrow = kernels.narrow && problem.weights.tiled && grid.bits == 4 && std::max(grid.top, -grid.bottom) <= narrow_level;
   Drive drive{problem, narrow ? *kernels.narrow : kernels, output, {}, {}, {}};
-  for (int64_t s = 0; s < problem.weights.segments; s++) {
-    drive.offsets.push_back(segment_offset(problem.weights, problem.inputs, s));
-    for (int64_t i = 0; i < problem.weights.segment_chunks(); i++) {
-      drive.gathered_offsets.push_back(static_cast<int64_t>(drive.gathered_offsets.size()) * drive.kernels.even_rows * chunk);
-      drive.chunk_offsets.push_back(drive.offsets.back() + i * chunk);
-    }
+  const PackedHeader& w = problem.weights;
+  for (int64_t i = 0; i < w.chunks; i++) {
+    const int64_t start = i % w.segment_chunks() * chunk;
+    drive.offsets.push_back(segment_offset(w, problem.inputs, i / w.segment_chunks()) + start);
+    drive.gathered_offsets.push_back(i * drive.kernels.even_rows * chunk);
+    drive.quads.push_back(static_cast<int32_t>((std::min<int64_t>(chunk, w.length - start) + 3) / 4));
   }
   plan(drive, run.threads);
   run.parallel(static_cast<int>(drive.panels * drive.row_parts), run.threads, run_task, &drive);

@@ -28,13 +28,10 @@ struct Epilogue {
   int columns;        // valid ones of the tile
 };
 
-// K as the micro-kernels walk it. Offsets are in bytes from a row's first byte.
+// K as the micro-kernels walk it, chunk by chunk: those from `first` up to `last`. Sums start at 0 where first is 0, else they go on.
 struct Walk {
-  const int64_t* offsets;        // of segments
-  int64_t segments;
-  int64_t quads;                 // of a segment: 4-byte steps that are needed
-  int64_t chunks;                // of a segment, as stored
-  const int64_t* chunk_offsets;  // of all chunks, for kernels that take K in steps: chunks first .. last-1, added to the sums unless first is 0
+  const int64_t* offsets;  // of every chunk, in bytes from a row's first byte
+  const int32_t* quads;    // of every chunk: 4-byte steps that are needed, 1..16
   int64_t first, last;
 };
 

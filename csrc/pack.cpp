@@ -10,20 +10,6 @@ namespace {
 
 constexpr char packed_magic[8] = {'h', 'b', 'p', 'a', 'c', 'k', '0', '1'};
 
-// Calls visit(output channel, k, block, chunk, k in the chunk, channel in the block) for every weight of a layer.
-template <typename Visit>
-void each_weight(const PackedHeader& h, Visit visit) {
-  const int64_t segment_chunks = h.segment_chunks();
-  for (int64_t output = 0; output < h.layer.outputs; output++) {
-    const int64_t group = output / h.group_outputs, inside = output % h.group_outputs;
-    const int64_t block = group * h.group_blocks + inside / block_channels;
-    for (int64_t k = 0; k < h.segments * h.length; k++) {
-      const int64_t segment = k / h.length, rest = k % h.length;
-      visit(output, k, block, segment * segment_chunks + rest / chunk, rest % chunk, inside % block_channels);
-    }
-  }
-}
-
 // Where a code lies in the tiles: byte offset from the first code.
 int64_t code_byte(const PackedHeader& h, int64_t block, int64_t at_chunk, int64_t k, int64_t channel, bool bytes) {
   const int64_t quad = k / 4, lane = channel * 4 + k % 4;
@@ -60,6 +46,37 @@ int disk_shift(const PackedHeader& h, const uint8_t* shifts, int64_t output, int
 int weight_of(const PackedHeader& h, int code, int shift) {
   return decode_code(code, table_of(h.format.grid)) * (1 << shift);
 }
+
+// The up to 64 weights of one output channel that share a chunk.
+struct Stretch {
+  int64_t output, block, channel, at_chunk;
+  int64_t k;  // of the first one
+  int count;
+};
+
+template <typename Visit>
+void each_stretch(const PackedHeader& h, Visit visit) {
+  for (int64_t output = 0; output < h.layer.outputs; output++) {
+    const int64_t inside = output % h.group_outputs, block = output / h.group_outputs * h.group_blocks + inside / block_channels;
+    for (int64_t i = 0; i < h.chunks; i++) {
+      const int64_t start = i % h.segment_chunks() * chunk;
+      visit(Stretch{output, block, inside % block_channels, i, i / h.segment_chunks() * h.length + start,
+                    static_cast<int>(std::min<int64_t>(chunk, h.length - start))});
+    }
+  }
+}
+
+// 8 nibbles in the order of the disk to the order of a tile, (0, 4) (1, 5) (2, 6) (3, 7), and back.
+uint32_t spread(uint32_t four) {
+  four = (four | four << 8) & 0x00ff00ff;
+  return (four | four << 4) & 0x0f0f0f0f;
+}
+uint32_t collect(uint32_t four) {
+  four = (four | four >> 4) & 0x00ff00ff;
+  return (four | four >> 8) & 0xffff;
+}
+uint32_t to_tile(uint32_t disk) { return spread(disk & 0xffff) | spread(disk >> 16) << 4; }
+uint32_t to_disk(uint32_t tile) { return collect(tile & 0x0f0f0f0f) | collect(tile >> 4 & 0x0f0f0f0f) << 16; }
 
 void check(const Layer& layer, const WeightFormat& format) {
   const GridTable& grid = table_of(format.grid);
@@ -122,30 +139,91 @@ void describe_packed(const uint8_t* packed, size_t bytes, Layer* layer, WeightFo
   *layer = h.layer, *format = h.format;
 }
 
+namespace {
+
+// The codes of a stretch in disk order, zeros behind them; 32 or 64 bytes.
+void read_codes(const PackedHeader& h, const uint8_t* codes, const Stretch& s, uint8_t* to) {
+  std::memset(to, 0, chunk);
+  const uint8_t* row = codes + s.output * code_row(h);
+  if (table_of(h.format.grid).bits == 8) {
+    std::memcpy(to, row + s.k, static_cast<size_t>(s.count));
+  } else if (s.k % 2 == 0 && s.count % 2 == 0) {
+    std::memcpy(to, row + s.k / 2, static_cast<size_t>(s.count / 2));
+  } else {
+    for (int i = 0; i < s.count; i++) set_nibble(to[i / 2], i % 2, nibble(row, s.k + i));
+  }
+}
+
+void write_codes(const PackedHeader& h, const uint8_t* from, const Stretch& s, uint8_t* codes) {
+  uint8_t* row = codes + s.output * code_row(h);
+  if (table_of(h.format.grid).bits == 8) {
+    std::memcpy(row + s.k, from, static_cast<size_t>(s.count));
+  } else if (s.k % 2 == 0 && s.count % 2 == 0) {
+    std::memcpy(row + s.k / 2, from, static_cast<size_t>(s.count / 2));
+  } else {
+    for (int i = 0; i < s.count; i++) set_nibble(row[(s.k + i) / 2], (s.k + i) % 2, nibble(from, i));
+  }
+}
+
+void pack_tiles(const PackedHeader& h, const uint8_t* codes, const uint8_t* shifts, uint8_t* packed) {
+  const bool bytes = table_of(h.format.grid).bits == 8;
+  each_stretch(h, [&](const Stretch& s) {
+    uint8_t row[chunk];
+    read_codes(h, codes, s, row);
+    for (int quad = 0; quad < quads; quad += bytes ? 1 : 2) {
+      uint32_t word;
+      std::memcpy(&word, row + (bytes ? quad * 4 : quad * 2), 4);
+      if (!bytes) word = to_tile(word);
+      std::memcpy(packed + h.codes + code_byte(h, s.block, s.at_chunk, quad * 4, s.channel, bytes), &word, 4);
+    }
+    for (int i = 0; h.format.max_shift && i < s.count; i += 16)
+      set_nibble(packed[h.shifts + shift_byte(h, s.block, s.at_chunk, i, s.channel)], i / 16 % 2, disk_shift(h, shifts, s.output, s.k + i));
+  });
+}
+
+// Sum of the two levels in a byte of nibbles, or the one level of a byte.
+struct ByteSums {
+  int32_t of[256];
+
+  explicit ByteSums(const GridTable& grid) {
+    for (int byte = 0; byte < 256; byte++)
+      of[byte] = grid.bits == 8 ? decode_code(byte, grid) : decode_code(byte & 15, grid) + decode_code(byte >> 4, grid);
+  }
+};
+
+int32_t sum_of_row(const PackedHeader& h, const ByteSums& sums, const uint8_t* codes, const uint8_t* shifts, int64_t output) {
+  const int64_t per_byte = table_of(h.format.grid).bits == 8 ? 1 : 2;
+  const uint8_t* row = codes + output * code_row(h);
+  const int64_t k = contraction(h.layer), step = h.format.max_shift ? h.format.subgroup : k;
+  int32_t sum = 0;
+  for (int64_t from = 0; from < k; from += step) {
+    const int shift = disk_shift(h, shifts, output, from);
+    if (shift > h.format.max_shift)
+      throw std::invalid_argument("a shift of " + std::to_string(shift) + " is beyond the layer's largest, " + std::to_string(h.format.max_shift));
+    int32_t part = 0;
+    int64_t i = from;
+    const int64_t end = std::min(from + step, k);
+    if (i % per_byte) part += weight_of(h, disk_code(h, codes, output, i++), 0);
+    for (; i + per_byte <= end; i += per_byte) part += sums.of[row[i / per_byte]];
+    if (i < end) part += weight_of(h, disk_code(h, codes, output, i), 0);
+    sum += part * (1 << shift);
+  }
+  return sum;
+}
+
+}  // namespace
+
 void pack_weights(const Layer& layer, const WeightFormat& format, const uint8_t* codes, const uint8_t* shifts, uint8_t* packed) {
   const PackedHeader h = plan_packed(layer, format);
-  const bool bytes = table_of(format.grid).bits == 8;
   std::memset(packed, 0, static_cast<size_t>(h.bytes));
   std::memcpy(packed, &h, sizeof h);
-  int32_t sum = 0;
-  int worst = 0;
-  each_weight(h, [&](int64_t output, int64_t k, int64_t block, int64_t at_chunk, int64_t at, int64_t channel) {
-    const int code = disk_code(h, codes, output, k), shift = disk_shift(h, shifts, output, k);
-    worst = std::max(worst, shift);
-    sum = (k ? sum : 0) + weight_of(h, code, std::min(shift, 7));
-    std::memcpy(packed + h.sums + (block * block_channels + channel) * 4, &sum, 4);
-    if (!h.tiled) return;
-    uint8_t& place = packed[h.codes + code_byte(h, block, at_chunk, at, channel, bytes)];
-    if (bytes) {
-      place = static_cast<uint8_t>(code);
-    } else {
-      set_nibble(place, at / 4 % 2, code);
-    }
-    if (format.max_shift) set_nibble(packed[h.shifts + shift_byte(h, block, at_chunk, at, channel)], at / 16 % 2, shift);
-  });
-  if (worst > format.max_shift)
-    throw std::invalid_argument("a shift of " + std::to_string(worst) + " is beyond the layer's largest, " + std::to_string(format.max_shift));
-  if (h.tiled) return;
+  const ByteSums sums(table_of(format.grid));
+  for (int64_t output = 0; output < layer.outputs; output++) {
+    const int32_t sum = sum_of_row(h, sums, codes, shifts, output);
+    const int64_t padded = output / h.group_outputs * h.group_blocks * block_channels + output % h.group_outputs;
+    std::memcpy(packed + h.sums + padded * 4, &sum, 4);
+  }
+  if (h.tiled) return pack_tiles(h, codes, shifts, packed);
   std::memcpy(packed + h.codes, codes, static_cast<size_t>(layer.outputs * code_row(h)));
   if (format.max_shift) std::memcpy(packed + h.shifts, shifts, static_cast<size_t>(layer.outputs * shift_row(h)));
 }
@@ -162,18 +240,19 @@ void unpack_weights(const uint8_t* packed, uint8_t* codes, uint8_t* shifts) {
   }
   std::memset(codes, 0, code_bytes);
   if (shift_bytes) std::memset(shifts, 0, shift_bytes);
-  each_weight(h, [&](int64_t output, int64_t k, int64_t block, int64_t at_chunk, int64_t at, int64_t channel) {
-    const int byte = packed[h.codes + code_byte(h, block, at_chunk, at, channel, bytes)];
-    uint8_t* row = codes + output * code_row(h);
-    if (bytes) {
-      row[k] = static_cast<uint8_t>(byte);
-    } else {
-      set_nibble(row[k / 2], k % 2, byte >> (at / 4 % 2 * 4) & 15);
+  each_stretch(h, [&](const Stretch& s) {
+    uint8_t row[chunk];
+    for (int quad = 0; quad < quads; quad += bytes ? 1 : 2) {
+      uint32_t word;
+      std::memcpy(&word, packed + h.codes + code_byte(h, s.block, s.at_chunk, quad * 4, s.channel, bytes), 4);
+      if (!bytes) word = to_disk(word);
+      std::memcpy(row + (bytes ? quad * 4 : quad * 2), &word, 4);
     }
-    if (shift_bytes && k % h.format.subgroup == 0) {
-      const int64_t subgroup = k / h.format.subgroup;
-      const int pair = packed[h.shifts + shift_byte(h, block, at_chunk, at, channel)];
-      set_nibble(shifts[output * shift_row(h) + subgroup / 2], subgroup % 2, pair >> (at / 16 % 2 * 4) & 15);
+    write_codes(h, row, s, codes);
+    for (int i = 0; shift_bytes && i < s.count; i += 16) {
+      const int64_t subgroup = (s.k + i) / h.format.subgroup;
+      const int pair = packed[h.shifts + shift_byte(h, s.block, s.at_chunk, i, s.channel)];
+      set_nibble(shifts[s.output * shift_row(h) + subgroup / 2], subgroup % 2, pair >> (i / 16 % 2 * 4) & 15);
     }
   });
 }

@@ -323,7 +323,8 @@ def bench(
         return
     with progress() as report:
         rows = run(kinds or KINDS, model or (), smoke, report)
-    Console().print(table(rows))
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table(rows))
     if json_file:
         results = {"environment": environment(), "rows": rows}
         write_file(json_file, (json.dumps(results, indent=2) + "\n").encode())

@@ -35,7 +35,7 @@ from halfbyte.metrics import sqnr
 from halfbyte.quantizers import FixedScale, weight_scale
 from halfbyte.recipe import LayerSpec, Recipe
 from halfbyte.runtime.backends import backend
-from halfbyte.runtime.layers import Packed, pack_layer, packed_shapes
+from halfbyte.runtime.layers import Packed, pack_layer
 from halfbyte.targets import TARGETS, Target
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -300,8 +300,7 @@ def stored_bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes of the quantized layers' codes, scales and shifts on disk, and of the same weights in bf16 (biases in neither)."""
     stored = plain = 0
     for layer in packed_layers(model).values():
-        entries = len(layer.timestep.calibrated) if layer.timestep is not None else 1
-        shapes = packed_shapes(layer, layer.spec, layer.input_scale is not None, entries)  # type: ignore[arg-type]
+        shapes = layer.stored_shapes()
         stored += sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
         plain += 2 * layer.weight.numel()
     return stored, plain

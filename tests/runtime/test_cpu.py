@@ -9,10 +9,9 @@ from torch import nn
 from halfbyte.errors import PackedError
 from halfbyte.formats import GRIDS
 from halfbyte.layers import FAKE_QUANT
-from halfbyte.quantizers import FixedScale
 from halfbyte.recipe import INT8, PRESETS, ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.runtime import cpu, engine
-from halfbyte.runtime.layers import pack_layer
+from halfbyte.runtime.layers import PACKED, pack_layer
 from halfbyte.runtime.ops import quantized_forward
 
 pytestmark = [
@@ -20,17 +19,17 @@ pytestmark = [
     pytest.mark.usefixtures("cpu_backend"),
 ]
 
-RUNNING = {name: grid for name, grid in GRIDS.items() if not grid.simulated_only}
+PACKABLE = {name: grid for name, grid in GRIDS.items() if not grid.simulated_only}
 WEIGHTS = [
     WeightSpec(name, max_shift=shift, scale="absmax")
-    for name, grid in RUNNING.items()
+    for name, grid in PACKABLE.items()
     if grid.signed
     for shift in sorted({0, grid.largest_shift})
 ]
 WEIGHTS += [WeightSpec("lzs4", max_shift=4, subgroup=32), WeightSpec("e2m1", max_shift=2, subgroup=7)]
 ACTIVATIONS = [
     ActivationSpec(name, max_shift=shift, zero_point=not grid.signed)
-    for name, grid in RUNNING.items()
+    for name, grid in PACKABLE.items()
     for shift in sorted({0, grid.largest_shift})
 ]
 ACTIVATIONS += [
@@ -39,8 +38,6 @@ ACTIVATIONS += [
     ActivationSpec("lzs4", max_shift=4, peak=127, rounding="truncate"),
     ActivationSpec("int8", peak=100),
 ]
-ACTIVATIONS += [ActivationSpec(name, zero_point=not grid.signed, scale="static") for name, grid in RUNNING.items()]
-ACTIVATIONS += [ActivationSpec("ue1m3", max_shift=2, zero_point=True, scale="static")]
 SPECS = [LayerSpec(WEIGHTS[i % len(WEIGHTS)], activation) for i, activation in enumerate(ACTIVATIONS)]
 SPECS += [LayerSpec(weight, ACTIVATIONS[-1 - i % len(ACTIVATIONS)]) for i, weight in enumerate(WEIGHTS)]
 QUARTZ = PRESETS["quartz-w4a4"].inner
@@ -74,10 +71,7 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 
 def pack(layer, spec=QUARTZ):
     """A packed twin with random codes of its own, every one of them and every shift."""
-    trainable = FAKE_QUANT[type(layer)].from_float(layer.requires_grad_(False), spec)
-    if spec.activation is not None and spec.activation.scale == "static":  # some values beyond both ends
-        trainable.fix_scale(FixedScale(torch.tensor([2.5 / spec.activation.top]), torch.tensor([spec.activation.top // 3])))
-    made = pack_layer(trainable)
+    made = pack_layer(FAKE_QUANT[type(layer)].from_float(layer.requires_grad_(False), spec))
     assert isinstance(made.plan, cpu.Plan), made.plan
     return made
 
@@ -89,9 +83,8 @@ def make(name, spec=QUARTZ, seed=0):
 
 
 def reference(packed, x):
-    return quantized_forward(
-        packed, x, packed.levels(), packed.weight_scale, packed.bias, packed.spec.activation, packed.fixed_scale()
-    )
+    levels, fixed = packed.levels(packed.chosen_set()), packed.fixed_scale()
+    return quantized_forward(packed, x, levels, packed.weight_scale, packed.bias, packed.spec.activation, fixed)
 
 
 def test_the_engine_is_here():
@@ -99,8 +92,8 @@ def test_the_engine_is_here():
 
 
 def test_the_specs_cover_every_grid():
-    assert {spec.weight.grid for spec in SPECS} == {name for name, grid in RUNNING.items() if grid.signed}
-    assert {spec.activation.grid for spec in SPECS} == set(RUNNING)
+    assert {spec.weight.grid for spec in SPECS} == {name for name, grid in PACKABLE.items() if grid.signed}
+    assert {spec.activation.grid for spec in SPECS} == set(PACKABLE)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's, of its own copy
@@ -115,6 +108,48 @@ def test_bit_for_bit_the_reference(name, spec, monkeypatch):
             found = packed(inputs[i].to(dtype))
             assert (found.dtype, found.shape) == (dtype, y.shape)
             assert torch.equal(found, y)
+
+
+@every_layer
+@pytest.mark.parametrize("scale", [0.01, 0.3, 40.0])
+def test_calibrated_scales_equal_the_reference(name, scale):
+    """Large and small against what comes: most values saturate, or most are zero."""
+    for activation in ACTIVATIONS:
+        packed, inputs = make(name, LayerSpec(WEIGHTS[3], activation.replace(scale="static", peak=0)))
+        packed.activation_scale = torch.tensor([scale])
+        if activation.zero_point:
+            packed.activation_zero = torch.tensor([3], dtype=torch.uint8)
+        x = inputs[0].clone()
+        assert torch.equal(packed(x), reference(packed, x))
+        x.view(-1)[-1] = torch.inf
+        found, expected = packed(x), reference(packed, x)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, torch.inf, torch.nan])
+def test_a_calibrated_scale_that_is_none_is_refused(bad):
+    packed, (x, *_) = make("linear", LayerSpec(WEIGHTS[0], ActivationSpec("int8", scale="static")))
+    packed.activation_scale = torch.tensor([bad])
+    with pytest.raises(PackedError, match="scale"):
+        packed(x)
+
+
+@pytest.mark.parametrize("count", [31, 130])
+def test_sets_of_weights_equal_the_reference(count):
+    layer = nn.Linear(count, 20).requires_grad_(False)
+    plain = [pack(nn.Linear(count, 20)) for _ in range(3)]
+    packed = PACKED[nn.Linear].empty(layer, QUARTZ.replace(weight=QUARTZ.weight.replace(sets=3)))
+    packed.weight_codes = torch.stack([one.weight_codes for one in plain])
+    packed.weight_shift = torch.stack([one.weight_shift for one in plain])
+    packed.weight_scale = plain[0].weight_scale
+    codes, x = packed.weight_codes.clone(), torch.randn(3, count)
+    for chosen in (0, 2, 1, 1):
+        packed.weight_choice = torch.tensor([chosen], dtype=torch.uint8)
+        found = packed(x)
+        assert packed._buffers["weight_codes"] is None
+        assert torch.equal(found, reference(packed, x))
+        assert torch.equal(packed.weight_codes, codes)
 
 
 @st.composite

@@ -68,7 +68,7 @@ def table(rows: list[Row]) -> Any:
     rivals = list(dict.fromkeys(rival for row in rows for rival in row["ratio_to"]))
     made = Table()
     for heading in ("case", "contestant"):
-        made.add_column(heading)
+        made.add_column(heading, no_wrap=True)
     for heading in ("ms", "TOPS", "of limit", *(f"x {rival}" for rival in rivals), "weights of bf16"):
         made.add_column(heading, justify="right")
     previous = None

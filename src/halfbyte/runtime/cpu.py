@@ -1,5 +1,6 @@
 """The CPU backend: which packed layers the C++ engine takes, and how a layer is handed to it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,11 @@ from halfbyte.errors import PackedError
 from halfbyte.formats import get_grid
 from halfbyte.layers import TRANSPOSED, matrix_shape
 from halfbyte.packing import check_rows
+from halfbyte.quantizers import FixedScale
 from halfbyte.recipe import ActivationSpec, LayerSpec
 from halfbyte.runtime import engine
 
 FLOAT_INPUT = "its input stays in float"
-SEVERAL_SETS = "it holds several sets of weights"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Plan:
 
 def hindrance_of(spec: LayerSpec) -> str | None:
     """Why the engine takes no layer of this spec; None where it does."""
-    return FLOAT_INPUT if spec.activation is None else SEVERAL_SETS if spec.weight.sets > 1 else None
+    return FLOAT_INPUT if spec.activation is None else None
 
 
 def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
@@ -41,8 +42,6 @@ def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
         return "the C++ engine has no transposed convolutions"
     if spec.activation is None:
         return FLOAT_INPUT
-    if spec.weight.sets > 1:
-        return SEVERAL_SETS
     if matrix_shape(layer)[1] > engine.longest_k():
         return f"its dot products are longer than {engine.longest_k()}"
     if isinstance(layer, nn.Linear):
@@ -74,7 +73,7 @@ def _padding(layer: Any) -> tuple[list[int], list[int]]:
 
 
 def make_tiles(layer: Any) -> Tensor:
-    """A layer's codes and shifts in the order the engine reads them: uint8 (bytes,).
+    """A layer's codes and shifts in the order the engine reads them: uint8 (bytes,), or (sets, bytes).
 
     Raises:
         CorruptError: when they have the wrong sizes. PackedError: when the engine cannot use them.
@@ -84,29 +83,36 @@ def make_tiles(layer: Any) -> Tensor:
     check_rows(codes, count, get_grid(weight.grid).bits)
     if shifts is not None:
         check_rows(shifts, -(-count // weight.subgroup), 4)
-    return engine.pack(codes, shifts, *weight_arguments(layer))
+    return reorder(engine.pack, codes, shifts, layer)
 
 
-def weight_arguments(layer: Any) -> tuple[tuple[int, ...], str, int, int]:
-    """How the engine is told what a layer's codes mean: sizes, grid, max_shift, subgroup."""
+def reorder(pack: Callable[..., Tensor], codes: Tensor, shifts: Tensor | None, layer: Any) -> Tensor:
+    """The codes of a layer, or of each of its sets, through `pack` (the engine's, or the operator that is traced)."""
     weight = layer.spec.weight
-    return layer.plan.sizes, get_grid(weight.grid).name, weight.max_shift, weight.subgroup
+    arguments = layer.plan.sizes, get_grid(weight.grid).name, weight.max_shift, weight.subgroup
+    if weight.sets == 1:
+        return pack(codes, shifts, *arguments)
+    return torch.stack([pack(codes[i], None if shifts is None else shifts[i], *arguments) for i in range(weight.sets)])
 
 
 def from_tiles(layer: Any, tiles: Tensor) -> tuple[Tensor, Tensor | None]:
     """The inverse of `make_tiles`: `weight_codes` and `weight_shift`, bit for bit."""
-    weight, (rows, count) = layer.spec.weight, matrix_shape(layer)
-    width = (count + 1) // 2 if get_grid(weight.grid).bits == 4 else count
-    groups = -(-count // weight.subgroup)
-    codes = torch.empty((rows, width), dtype=torch.uint8)
-    shifts = torch.empty((rows, (groups + 1) // 2), dtype=torch.uint8) if weight.max_shift else None
-    engine.unpack(tiles, codes, shifts)
+    shapes = layer.stored_shapes()
+    codes = torch.empty(shapes["weight_codes"][0], dtype=torch.uint8)
+    shifts = torch.empty(shapes["weight_shift"][0], dtype=torch.uint8) if "weight_shift" in shapes else None
+    if layer.spec.weight.sets == 1:
+        engine.unpack(tiles, codes, shifts)
+    else:
+        for i, one in enumerate(tiles):
+            engine.unpack(one, codes[i], None if shifts is None else shifts[i])
     return codes, shifts
 
 
-def forward(layer: Any, plan: Plan, x: Tensor) -> Tensor:
+def forward(layer: Any, plan: Plan, x: Tensor, chosen: int = 0, fixed: FixedScale | None = None) -> Tensor:
     """A whole packed layer: float input to float output, in the engine.
 
+    Args:
+        chosen: which set of weights, where there are several. fixed: the calibrated scale of the input, where it has one.
     Raises:
         PackedError: when the input does not have the layer's number of channels, or is smaller than its kernel.
     """
@@ -115,9 +121,9 @@ def forward(layer: Any, plan: Plan, x: Tensor) -> Tensor:
     fits = x.ndim >= 1 if linear else x.ndim in (-axis, 1 - axis)
     if not fits or x.shape[axis] != plan.sizes[0]:
         raise PackedError(f"{layer} takes {plan.sizes[0]} channels; got an input of shape {tuple(x.shape)}")
-    fixed = layer.fixed_scale()
-    calibrated = () if fixed is None else (fixed.scale, fixed.zero)
-    weights = layer.tiles(), layer.weight_scale, layer.bias, plan.format, *calibrated
+    tiles = layer.tiles() if layer.spec.weight.sets == 1 else layer.tiles()[chosen]
+    calibrated = (None, None) if fixed is None else (fixed.scale, fixed.zero)
+    weights = tiles, layer.weight_scale, layer.bias, plan.format, *calibrated
     if linear:
         return torch.ops.halfbyte.linear(x, *weights)  # type: ignore[no-any-return]
     images = F.pad(x, plan.grow, mode=plan.grow_mode) if plan.grow else x

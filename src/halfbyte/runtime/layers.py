@@ -104,6 +104,12 @@ class Packed(Tiled, QuantizedLayer):
             shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
         return torch.zeros((), dtype=dtype, device=self.weight_scale.device).expand(shape).as_subclass(PackedWeight)
 
+    def stored_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Names, shapes and dtypes of what a checkpoint holds of this layer (bias aside), in whichever order its codes are now."""
+        tables = (self.weight_choice, self.activation_scale)
+        entries = max(len(table) for table in (*tables, (0,)) if table is not None)
+        return packed_shapes(self, self.spec, self.input_scale is not None, entries)  # type: ignore[arg-type]
+
     def levels(self, chosen: int = 0) -> Tensor:
         """The integers of the weight, or of one of its sets, shifts applied: float32 whole numbers (O, K)."""
         layer: Any = self
@@ -120,11 +126,12 @@ class Packed(Tiled, QuantizedLayer):
         plan = engine_plan(layer, x)
         with torch.no_grad():
             scaled = x if self.input_scale is None else scale_input(layer, x, self.input_scale)
+            chosen, fixed = self.chosen_set(), self.fixed_scale()
             if plan is None:
-                levels, fixed = self.levels(self.chosen_set()), self.fixed_scale()
-                y = quantized_forward(self, scaled, levels, self.weight_scale, self.bias, self.spec.activation, fixed)
+                activation = self.spec.activation
+                y = quantized_forward(self, scaled, self.levels(chosen), self.weight_scale, self.bias, activation, fixed)
             else:
-                y = cpu.forward(layer, plan, scaled)
+                y = cpu.forward(layer, plan, scaled, chosen, fixed)
         return _NoBackward.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y
 
     def extra_repr(self) -> str:
@@ -177,7 +184,7 @@ class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]
     @classmethod
     def empty(cls, layer: Quantizable, spec: LayerSpec, smoothed: bool = False, timesteps: int = 1) -> Any:
         made = super().empty(layer, spec, smoothed, timesteps)
-        weight = layer.weight if layer.weight.ndim == 4 else layer.weight[0]  # of several sets, the first
+        weight = layer.weight
         made.channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         return made
 

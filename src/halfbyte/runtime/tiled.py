@@ -21,7 +21,7 @@ _CHANGING = threading.RLock()  # held while any layer changes its form; a thread
 class Tiled:
     """Mixed into packed layers; expects the buffers of NEUTRAL and a buffer `weight_tiles` that is not saved."""
 
-    weight_tiles: Tensor | None  # uint8 (bytes,)
+    weight_tiles: Tensor | None  # uint8 (bytes,), or (sets, bytes)
 
     def tiles(self) -> Tensor:
         """The codes in the engine's order; re-orders them if they are not."""
@@ -32,9 +32,9 @@ class Tiled:
         buffers: dict[str, Any] = self._buffers
         if buffers["weight_codes"] is None:
             return buffers["weight_tiles"]  # type: ignore[no-any-return]
-        tiles = torch.ops.halfbyte.pack(buffers["weight_codes"], buffers["weight_shift"], *cpu.weight_arguments(self))
+        tiles = cpu.reorder(torch.ops.halfbyte.pack, buffers["weight_codes"], buffers["weight_shift"], self)
         buffers["weight_tiles"], buffers["weight_codes"], buffers["weight_shift"] = tiles, None, None
-        return tiles  # type: ignore[no-any-return]
+        return tiles
 
     def to_neutral(self) -> None:
         """Codes and shifts back in the order of the checkpoint; the tiles are dropped."""
