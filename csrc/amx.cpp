@@ -1,11 +1,11 @@
 // AMX-int8: a tile instruction multiplies 16 rows x 64 of K by 64 of K x 16 channels. 2 x 2 tiles of sums use every loaded tile twice.
 // Everything else is AVX-512's: decoding, inputs, outputs, few rows.
-#include "tiles.h"
-
-#include "avx512.h"
 #include "dispatch.h"
 
 #if defined(__AVX512VNNI__) && (defined(__AMX_INT8__) || HALFBYTE_EMULATE_AMX)
+
+#include "avx512.h"
+#include "tiles.h"
 
 namespace halfbyte {
 namespace {

@@ -26,11 +26,11 @@ Grid grid_of(const std::string& name);
 
 // ---- instruction sets -------------------------------------------------------------------------------------------------------
 
-// In ascending order of speed. avx2 uses no VNNI; avx_vnni is its 256-bit form; avx512 needs AVX512-VNNI.
-enum class Isa : uint8_t { scalar, avx2, avx_vnni, avx512, amx };
-constexpr int isa_count = 5;
+// In ascending order of speed. avx2 uses no VNNI; avx_vnni is its 256-bit form; avx512 needs AVX512-VNNI; neon ARM's dot products.
+enum class Isa : uint8_t { scalar, avx2, avx_vnni, avx512, amx, neon };
+constexpr int isa_count = 6;
 
-const char* isa_name(Isa isa);  // "scalar", "avx2", "avxvnni", "avx512", "amx"
+const char* isa_name(Isa isa);  // "scalar", "avx2", "avxvnni", "avx512", "amx", "neon"
 bool isa_available(Isa isa);    // on this machine and in this build
 // The fastest one available where `name` is null or empty, else the named one; throws when there is none such or it is not available.
 Isa choose_isa(const char* name);
