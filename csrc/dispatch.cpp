@@ -44,7 +44,7 @@ Features detect() {
   found.avx2 = ymm && (b7 >> 5 & 1) && fma && f16c;
   found.avx_vnni = found.avx2 && (a71 >> 4 & 1);
   const bool foundation = (b7 >> 16 & 1) && (b7 >> 17 & 1) && (b7 >> 30 & 1) && (b7 >> 31 & 1);  // F, DQ, BW, VL
-  found.avx512 = found.avx2 && zmm && foundation && (c7 >> 11 & 1);  // VNNI
+  found.avx512 = found.avx2 && zmm && foundation && (c7 >> 11 & 1);                              // VNNI
 #if HALFBYTE_EMULATE_AMX
   found.amx = found.avx512;
 #else
@@ -106,7 +106,7 @@ double run_rounds(Isa isa, int64_t rounds) {
 
 }  // namespace
 
-const Kernels scalar_kernels = {1, 1, 0, panel_chunk, 0, scalar_range, scalar_encode, nullptr, nullptr, nullptr, scalar_finish};
+const Kernels scalar_kernels = {.range = scalar_range, .encode = scalar_encode, .finish = scalar_finish};
 
 const char* isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
 
@@ -114,7 +114,8 @@ bool isa_available(Isa isa) { return in_processor(isa) && in_build(isa); }
 
 const Kernels& kernels_of(Isa isa) {
   if (!isa_available(isa))
-    throw std::invalid_argument(std::string("this processor or this build of the engine has no ") + isa_name(isa) + " instructions");
+    throw std::invalid_argument(std::string("this processor or this build of the engine has no ") + isa_name(isa) +
+                                " instructions");
   return *in_build(isa);
 }
 

@@ -1,5 +1,5 @@
-// The driver of the fast products: which thread multiplies what, and in which order, so that weights are decoded once into a panel that
-// stays in the L2 cache and a tile of input rows stays in L1 while all blocks of the panel pass by.
+// The driver of the fast products: which thread multiplies what, and in which order, so that weights are decoded once into a panel
+// that stays in the L2 cache and a tile of input rows stays in L1 while all blocks of the panel pass by.
 #include <algorithm>
 #include <vector>
 
@@ -15,11 +15,11 @@ struct Drive {
   const Problem& p;
   const Kernels& kernels;
   const Output& output;
-  std::vector<int64_t> offsets, gathered_offsets;  // of chunks; and where `gather` puts them
-  std::vector<int32_t> quads;                      // of chunks
-  bool thin = false;             // few rows: no panels
+  std::vector<int64_t> offsets, gathered_offsets;          // of chunks; and where `gather` puts them
+  std::vector<int32_t> quads;                              // of chunks
+  bool thin = false;                                       // few rows: no panels
   int64_t panel_blocks = 1, group_panels = 1, panels = 1;  // blocks of a task; tasks of a group, of all groups
-  int64_t row_step = 0, row_parts = 1;                    // rows of a task
+  int64_t row_step = 0, row_parts = 1;                     // rows of a task
 };
 
 // Walks over output pixels without dividing.
@@ -27,7 +27,8 @@ struct Cursor {
   const Problem& p;
   int64_t image, y, x;
 
-  Cursor(const Problem& problem, int64_t row) : p(problem), image(row / p.out_width / p.out_height), y(row / p.out_width % p.out_height), x(row % p.out_width) {}
+  Cursor(const Problem& problem, int64_t row)
+      : p(problem), image(row / p.out_width / p.out_height), y(row / p.out_width % p.out_height), x(row % p.out_width) {}
   int64_t offset() const { return pixel_offset(p.inputs, image, y * p.weights.layer.stride_h, x * p.weights.layer.stride_w); }
   void advance() {
     if (++x < p.out_width) return;
@@ -156,7 +157,8 @@ struct Task {
     const auto* colsums = reinterpret_cast<const int32_t*>(p.packed + w.sums) + (first_block + block) * block_channels;
     const int64_t size = size_of(d.output.dtype);
     char* to = static_cast<char*>(d.output.data) + (row * d.output.pixel_stride + out) * size;
-    d.kernels.finish(at, d.kernels.blocks * block_channels, {colsums, p.weight_scale + out, p.bias ? p.bias + out : nullptr, columns},
+    d.kernels.finish(at, d.kernels.blocks * block_channels,
+                     {colsums, p.weight_scale + out, p.bias ? p.bias + out : nullptr, columns},
                      {count, rows.zeros, rows.scales, to, d.output.pixel_stride * size, d.output.dtype});
   }
 };
@@ -180,7 +182,8 @@ void plan(Drive& d, int threads) {
   d.group_panels = (w.group_blocks + d.panel_blocks - 1) / d.panel_blocks;
   d.panels = d.group_panels * w.layer.groups;
   const int64_t tiles = (d.p.rows + d.kernels.rows - 1) / d.kernels.rows;
-  const int64_t parts = std::clamp<int64_t>(wanted / d.panels, 1, std::max<int64_t>(1, tiles / 8));  // fewer rows would not repay decoding
+  const int64_t parts =
+      std::clamp<int64_t>(wanted / d.panels, 1, std::max<int64_t>(1, tiles / 8));  // fewer rows would not repay decoding
   d.row_step = (tiles + parts - 1) / parts * d.kernels.rows;
   d.row_parts = (d.p.rows + d.row_step - 1) / d.row_step;
 }

@@ -1,5 +1,5 @@
-// ARM with dot products (ARMv8.2 and later): everything in one file. sdot multiplies signed bytes, so rows are read as u - 128, and the
-// outputs take 128 off the zero points instead.
+// ARM with dot products (ARMv8.2 and later): everything in one file. sdot multiplies signed bytes, so rows are read as u - 128, and
+// the outputs take 128 off the zero points instead.
 #include "dispatch.h"
 
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -69,7 +69,8 @@ void tile(const uint8_t* const* row, const Walk& walk, const uint8_t* panel, int
 }
 
 void any_tile(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t, int, int32_t* sums) {
-  constexpr void (*tiles[tile_rows])(const uint8_t* const*, const Walk&, const uint8_t*, int32_t*) = {tile<1>, tile<2>, tile<3>, tile<4>};
+  constexpr void (*tiles[tile_rows])(const uint8_t* const*, const Walk&, const uint8_t*, int32_t*) = {tile<1>, tile<2>, tile<3>,
+                                                                                                      tile<4>};
   tiles[count - 1](row, walk, panel, sums);
 }
 
@@ -88,7 +89,8 @@ static inline Sixteen load16(const void* values, Dtype dtype, int64_t index) {
       continue;
     }
     const uint8x8_t half = vld1_u8(reinterpret_cast<const uint8_t*>(from) + i * 8);
-    x.v[i] = dtype == Dtype::float16 ? vcvt_f32_f16(vreinterpret_f16_u8(half)) : vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(half), 16));
+    x.v[i] = dtype == Dtype::float16 ? vcvt_f32_f16(vreinterpret_f16_u8(half))
+                                     : vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(half), 16));
   }
   return x;
 }
@@ -126,8 +128,10 @@ struct FirstRounding {
   const GridTable& grid;
   Steps steps = Steps::whole;
 
-  explicit FirstRounding(const Encoding& e) : reciprocal(e.reciprocal), zero(e.grid->is_signed ? 0.0f : e.zero), offset(e.offset), grid(*e.grid) {
-    const int top = e.format->max_shift ? e.format->top : grid.top, bottom = e.format->max_shift ? (grid.is_signed ? -top : 0) : grid.bottom;
+  explicit FirstRounding(const Encoding& e)
+      : reciprocal(e.reciprocal), zero(e.grid->is_signed ? 0.0f : e.zero), offset(e.offset), grid(*e.grid) {
+    const int top = e.format->max_shift ? e.format->top : grid.top,
+              bottom = e.format->max_shift ? (grid.is_signed ? -top : 0) : grid.bottom;
     low = static_cast<float>(bottom), high = static_cast<float>(top);
     const int bits = whole_bits(grid);
     step_of_power = std::ldexp(1.0f, 1 - bits);
@@ -167,16 +171,36 @@ struct Bytes {
   uint8x16_t v[2];
 
   template <typename Make>
-  static Bytes each(Make make) { return {{make(0), make(1)}}; }
-  static Bytes repeat(const uint8_t* sixteen) { return each([&](int) { return vld1q_u8(sixteen); }); }
-  static Bytes all(uint8_t value) { return each([&](int) { return vdupq_n_u8(value); }); }
-  Bytes abs() const { return each([&](int i) { return vreinterpretq_u8_s8(vabsq_s8(vreinterpretq_s8_u8(v[i]))); }); }
-  Bytes look_up(Bytes index) const { return each([&](int i) { return vqtbl1q_u8(v[i], index.v[i]); }); }
-  Bytes plus(Bytes o) const { return each([&](int i) { return vqaddq_u8(v[i], o.v[i]); }); }
-  Bytes minus(Bytes o) const { return each([&](int i) { return vqsubq_u8(v[i], o.v[i]); }); }
-  Bytes both(Bytes o) const { return each([&](int i) { return vandq_u8(v[i], o.v[i]); }); }
-  Bytes least(Bytes o) const { return each([&](int i) { return vminq_u8(v[i], o.v[i]); }); }
-  Bytes most(Bytes o) const { return each([&](int i) { return vmaxq_u8(v[i], o.v[i]); }); }
+  static Bytes each(Make make) {
+    return {{make(0), make(1)}};
+  }
+  static Bytes repeat(const uint8_t* sixteen) {
+    return each([&](int) { return vld1q_u8(sixteen); });
+  }
+  static Bytes all(uint8_t value) {
+    return each([&](int) { return vdupq_n_u8(value); });
+  }
+  Bytes abs() const {
+    return each([&](int i) { return vreinterpretq_u8_s8(vabsq_s8(vreinterpretq_s8_u8(v[i]))); });
+  }
+  Bytes look_up(Bytes index) const {
+    return each([&](int i) { return vqtbl1q_u8(v[i], index.v[i]); });
+  }
+  Bytes plus(Bytes o) const {
+    return each([&](int i) { return vqaddq_u8(v[i], o.v[i]); });
+  }
+  Bytes minus(Bytes o) const {
+    return each([&](int i) { return vqsubq_u8(v[i], o.v[i]); });
+  }
+  Bytes both(Bytes o) const {
+    return each([&](int i) { return vandq_u8(v[i], o.v[i]); });
+  }
+  Bytes least(Bytes o) const {
+    return each([&](int i) { return vminq_u8(v[i], o.v[i]); });
+  }
+  Bytes most(Bytes o) const {
+    return each([&](int i) { return vmaxq_u8(v[i], o.v[i]); });
+  }
   bool any() const { return vmaxvq_u8(vorrq_u8(v[0], v[1])) != 0; }
   Bytes with_sign(Bytes x) const {
     return each([&](int i) {
@@ -185,11 +209,14 @@ struct Bytes {
     });
   }
   template <int N>
-  Bytes shift_right() const { return each([&](int i) { return vshrq_n_u8(v[i], N); }); }
+  Bytes shift_right() const {
+    return each([&](int i) { return vshrq_n_u8(v[i], N); });
+  }
   template <int Size>
   Bytes group_max() const {
     if (Size == 8) {
-      return each([&](int i) { return vcombine_u8(vdup_n_u8(vmaxv_u8(vget_low_u8(v[i]))), vdup_n_u8(vmaxv_u8(vget_high_u8(v[i])))); });
+      return each(
+          [&](int i) { return vcombine_u8(vdup_n_u8(vmaxv_u8(vget_low_u8(v[i]))), vdup_n_u8(vmaxv_u8(vget_high_u8(v[i])))); });
     }
     if (Size == 16) return each([&](int i) { return vdupq_n_u8(vmaxvq_u8(v[i])); });
     return all(vmaxvq_u8(vmaxq_u8(v[0], v[1])));
@@ -277,7 +304,17 @@ void finish(const int32_t* sums, int sum_stride, const Epilogue& e, const Rows& 
 }  // namespace
 
 const Kernels* neon_kernels() {
-  static const Kernels kernels = {tile_rows, 1, 0, panel_chunk, 256 * 1024, range, encode, decode, any_tile, nullptr, finish};
+  static const Kernels kernels = {
+      .rows = tile_rows,
+      .blocks = 1,
+      .chunk_bytes = panel_chunk,
+      .panel_budget = 256 * 1024,
+      .range = range,
+      .encode = encode,
+      .decode = decode,
+      .tile = any_tile,
+      .finish = finish,
+  };
   return &kernels;
 }
 

@@ -43,9 +43,7 @@ int disk_shift(const PackedHeader& h, const uint8_t* shifts, int64_t output, int
   return h.format.max_shift ? nibble(shifts + output * shift_row(h), k / h.format.subgroup) : 0;
 }
 
-int weight_of(const PackedHeader& h, int code, int shift) {
-  return decode_code(code, table_of(h.format.grid)) * (1 << shift);
-}
+int weight_of(const PackedHeader& h, int code, int shift) { return decode_code(code, table_of(h.format.grid)) * (1 << shift); }
 
 // The up to 64 weights of one output channel that share a chunk.
 struct Stretch {
@@ -88,10 +86,13 @@ void check(const Layer& layer, const WeightFormat& format) {
   if (std::min({layer.pad_top, layer.pad_bottom, layer.pad_left, layer.pad_right}) < 0)
     throw std::invalid_argument("padding must not be negative");
   if (contraction(layer) > longest_k)
-    throw std::invalid_argument("the engine sums at most " + std::to_string(longest_k) + " products, this layer has K = " + std::to_string(contraction(layer)));
+    throw std::invalid_argument("the engine sums at most " + std::to_string(longest_k) +
+                                " products, this layer has K = " + std::to_string(contraction(layer)));
   if (!grid.is_signed) throw std::invalid_argument(std::string("weights need a signed grid, got ") + grid.name);
-  if (format.max_shift < 0 || grid.top << format.max_shift > 127 || (format.max_shift && (grid.bits == 8 || format.grid == Grid::int4)))
-    throw std::invalid_argument(std::string("weights of grid ") + grid.name + " cannot carry shifts up to " + std::to_string(format.max_shift));
+  if (format.max_shift < 0 || grid.top << format.max_shift > 127 ||
+      (format.max_shift && (grid.bits == 8 || format.grid == Grid::int4)))
+    throw std::invalid_argument(std::string("weights of grid ") + grid.name + " cannot carry shifts up to " +
+                                std::to_string(format.max_shift));
   if (format.subgroup < 1) throw std::invalid_argument("a subgroup holds at least 1 value");
 }
 
@@ -130,7 +131,9 @@ PackedHeader packed_header(const uint8_t* packed) {
   return h;
 }
 
-size_t packed_bytes(const Layer& layer, const WeightFormat& format) { return static_cast<size_t>(plan_packed(layer, format).bytes); }
+size_t packed_bytes(const Layer& layer, const WeightFormat& format) {
+  return static_cast<size_t>(plan_packed(layer, format).bytes);
+}
 
 void describe_packed(const uint8_t* packed, size_t bytes, Layer* layer, WeightFormat* format) {
   if (bytes < sizeof(PackedHeader)) throw std::invalid_argument("these bytes are no packed weights");
@@ -177,7 +180,8 @@ void pack_tiles(const PackedHeader& h, const uint8_t* codes, const uint8_t* shif
       std::memcpy(packed + h.codes + code_byte(h, s.block, s.at_chunk, quad * 4, s.channel, bytes), &word, 4);
     }
     for (int i = 0; h.format.max_shift && i < s.count; i += 16)
-      set_nibble(packed[h.shifts + shift_byte(h, s.block, s.at_chunk, i, s.channel)], i / 16 % 2, disk_shift(h, shifts, s.output, s.k + i));
+      set_nibble(packed[h.shifts + shift_byte(h, s.block, s.at_chunk, i, s.channel)], i / 16 % 2,
+                 disk_shift(h, shifts, s.output, s.k + i));
   });
 }
 
@@ -199,7 +203,8 @@ int32_t sum_of_row(const PackedHeader& h, const ByteSums& sums, const uint8_t* c
   for (int64_t from = 0; from < k; from += step) {
     const int shift = disk_shift(h, shifts, output, from);
     if (shift > h.format.max_shift)
-      throw std::invalid_argument("a shift of " + std::to_string(shift) + " is beyond the layer's largest, " + std::to_string(h.format.max_shift));
+      throw std::invalid_argument("a shift of " + std::to_string(shift) + " is beyond the layer's largest, " +
+                                  std::to_string(h.format.max_shift));
     int32_t part = 0;
     int64_t i = from;
     const int64_t end = std::min(from + step, k);

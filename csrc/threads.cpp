@@ -20,8 +20,11 @@ using Gomp = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_para
 
 #if defined(__linux__)
 int find_openmp(dl_phdr_info* info, size_t, void* found) {
-  if (!std::strstr(info->dlpi_name, "libgomp") && !std::strstr(info->dlpi_name, "libomp") && !std::strstr(info->dlpi_name, "libiomp5")) return 0;
-  if (void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD)) *static_cast<void**>(found) = dlsym(library, "GOMP_parallel");
+  if (!std::strstr(info->dlpi_name, "libgomp") && !std::strstr(info->dlpi_name, "libomp") &&
+      !std::strstr(info->dlpi_name, "libiomp5"))
+    return 0;
+  if (void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD))
+    *static_cast<void**>(found) = dlsym(library, "GOMP_parallel");
   return *static_cast<void**>(found) != nullptr;
 }
 #endif
