@@ -84,7 +84,8 @@ int64_t contraction(const Layer& layer);  // K
 size_t packed_bytes(const Layer& layer, const WeightFormat& format);
 // codes: as on disk (docs/format.md): (O, ceil(K/2)) nibbles, or (O, K) bytes for int8. shifts: nibbles (O, ceil(groups of K / 2)),
 // or null without shifts. A shift above max_shift throws.
-void pack_weights(const Layer& layer, const WeightFormat& format, const uint8_t* codes, const uint8_t* shifts, uint8_t* packed);
+void pack_weights(const Layer& layer, const WeightFormat& format, const uint8_t* codes, const uint8_t* shifts, uint8_t* packed,
+                  int threads = 1);
 // The inverse, to the last bit (padding nibbles are 0). shifts may be null without shifts.
 void unpack_weights(const uint8_t* packed, uint8_t* codes, uint8_t* shifts);
 // What a packed buffer holds; throws when it is not one.

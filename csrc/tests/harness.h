@@ -104,7 +104,7 @@ inline Weights random_weights(const Layer& layer, const WeightFormat& format) {
             static_cast<uint8_t>(uniform(0, format.max_shift) << (g % 2 * 4));
   }
   w.packed.resize(packed_bytes(layer, format));
-  pack_weights(layer, format, w.codes.data(), w.shifts.data(), w.packed.data());
+  pack_weights(layer, format, w.codes.data(), w.shifts.data(), w.packed.data(), static_cast<int>(uniform(1, 3)));
   for (int64_t o = 0; o < layer.outputs; o++) {
     w.scale.push_back(std::uniform_real_distribution<float>(0.001f, 0.1f)(generator()));
     w.bias.push_back(std::normal_distribution<float>()(generator()));
