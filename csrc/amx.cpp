@@ -87,8 +87,8 @@ void tile(const uint8_t* const* row, int count, const Walk& walk, const uint8_t*
 const Kernels* amx_kernels() {
   static const Kernels kernels = [] {
     Kernels k = *avx512_kernels();
-    k.rows = tile_rows, k.tile = tile, k.even_rows = half_rows, k.panel_budget = 1024 * 1024, k.step = 12, k.begin = begin,
-    k.end = end;
+    k.rows = tile_rows, k.tile = tile, k.even_rows = half_rows, k.panel_budget = 1024 * 1024, k.part_rows = 2048, k.step = 12,
+    k.begin = begin, k.end = end;
     return k;
   }();
   return &kernels;

@@ -9,6 +9,8 @@
 namespace halfbyte {
 namespace {
 
+constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
 constexpr int most_rows = 32;  // of a tile
 
 struct Drive {
@@ -171,21 +173,28 @@ void run_task(void* raw, int index) {
   if (d.kernels.end && !d.thin) d.kernels.end();
 }
 
-// Cuts the work into tasks: panels as large as L2 allows, but enough tasks for the threads to share evenly.
+// Cuts the work into tasks: panels as large as L2 allows; where those are too few for the threads to share evenly, rows in parts,
+// as long as a part repays decoding; and where there are few rows, smaller panels.
 void plan(Drive& d, int threads) {
   const PackedHeader& w = d.p.weights;
   const int64_t tile_blocks = d.kernels.blocks, wanted = threads == 1 ? 1 : 4 * threads;
   d.thin = w.tiled && table_of(w.format.grid).bits == 4 && d.p.rows <= d.kernels.thin_rows;
-  const int64_t fitting = std::max(tile_blocks, d.kernels.panel_budget / panel_bytes(d) / tile_blocks * tile_blocks);
-  const int64_t sharing = round_up(std::max<int64_t>(1, w.blocks() / wanted), tile_blocks);
-  d.panel_blocks = std::min({fitting, sharing, round_up(w.group_blocks, tile_blocks)});
-  d.group_panels = (w.group_blocks + d.panel_blocks - 1) / d.panel_blocks;
-  d.panels = d.group_panels * w.layer.groups;
-  const int64_t tiles = (d.p.rows + d.kernels.rows - 1) / d.kernels.rows;
-  const int64_t parts =
-      std::clamp<int64_t>(wanted / d.panels, 1, std::max<int64_t>(1, tiles / 8));  // fewer rows would not repay decoding
-  d.row_step = (tiles + parts - 1) / parts * d.kernels.rows;
-  d.row_parts = (d.p.rows + d.row_step - 1) / d.row_step;
+  const auto cut = [&](int64_t blocks, int64_t multiple) {  // panels of a group: alike, and evenly many for the threads
+    d.group_panels = round_up(divide_up(w.group_blocks, blocks), multiple);
+    d.panel_blocks = round_up(divide_up(w.group_blocks, d.group_panels), tile_blocks);
+    d.group_panels = divide_up(w.group_blocks, d.panel_blocks);
+    d.panels = d.group_panels * w.layer.groups;
+  };
+  cut(std::max(tile_blocks, d.kernels.panel_budget / panel_bytes(d) / tile_blocks * tile_blocks), 1);
+  const int64_t parts = std::clamp<int64_t>(divide_up(wanted, d.panels), 1, std::max<int64_t>(1, d.p.rows / d.kernels.part_rows));
+  if (d.panels * parts < wanted) {
+    cut(std::max<int64_t>(1, w.blocks() * parts / wanted), 1);
+  } else if (parts == 1 && threads > 1) {
+    cut(d.panel_blocks, threads);
+  }
+  const int64_t tiles = divide_up(d.p.rows, d.kernels.rows);
+  d.row_step = divide_up(tiles, parts) * d.kernels.rows;
+  d.row_parts = divide_up(d.p.rows, d.row_step);
 }
 
 }  // namespace

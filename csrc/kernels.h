@@ -61,6 +61,7 @@ struct Kernels {
   int thin_rows = 0;         // `thin` takes at most this many; 0: there is none
   int chunk_bytes = 0;       // of a panel, for each chunk
   int64_t panel_budget = 0;  // bytes of the panels of one task: about half of the L2 cache
+  int64_t part_rows = 384;   // so many rows make decoding a panel again a few percent of the work
   // Widens a range by some values; where only absmax is asked for, the rest may stay as it is.
   void (*range)(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* range) = nullptr;
   void (*encode)(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out) = nullptr;

@@ -1,7 +1,7 @@
 // Micro-benchmark of the core on one thread: time of quantizing and of multiplying, rate, and the share of what the dot product
 // instruction of this core can do at most.
 //
-//     halfbyte_bench [isa] [seconds a case]
+//     halfbyte_bench [isa] [seconds a case] [only cases with this in their name] [threads to cut the work for]
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -101,6 +101,11 @@ int main(int count, char** arguments) {
   run.isa = choose_isa(count > 1 ? arguments[1] : nullptr);
   const double budget = count > 2 ? std::atof(arguments[2]) : 0.2;
   const std::string only = count > 3 ? arguments[3] : "";
+  // Work is cut as for so many threads, and done by one: what sharing costs before anyone waits for anyone.
+  run.threads = count > 4 ? std::atoi(arguments[4]) : 1;
+  run.parallel = [](int tasks, int, void (*task)(void*, int), void* context) {
+    for (int i = 0; i < tasks; i++) task(context, i);
+  };
   const double limit = integer_limit(run.isa, 0.3);
   std::printf("%s: limit %.1f GMAC/s on one thread\n", isa_name(run.isa), limit / 1e9);
   for (const Format& format : formats)
