@@ -13,6 +13,7 @@ void test_ties();
 void test_linear();
 void test_extremes();
 void test_conv();
+void test_padding();
 void test_shapes_of_models();
 void test_zero_sizes();
 void test_misaligned();
@@ -34,6 +35,7 @@ int main(int count, char** arguments) {
                {"linear", test_linear},
                {"extremes", test_extremes},
                {"conv", test_conv},
+               {"padding", test_padding},
                {"models", test_shapes_of_models},
                {"zero", test_zero_sizes},
                {"misaligned", test_misaligned},

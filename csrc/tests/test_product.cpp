@@ -93,6 +93,31 @@ void test_conv() {
     compare(depthwise, format, any_input(), Images(Dtype::float32, 2, 7, 9, 40), Dtype::bfloat16);
 }
 
+// Padding is with real zeros, whatever integer stands for zero: the same as zeros in the input.
+void test_padding() {
+  for (const InputFormat& input_format : input_formats()) {
+    Layer padded = linear(20, 18), plain;
+    padded.kernel_h = padded.kernel_w = 3, padded.pad_top = 1, padded.pad_left = 2, padded.pad_bottom = 3, padded.pad_right = 1;
+    plain = padded, plain.pad_top = plain.pad_left = plain.pad_bottom = plain.pad_right = 0;
+    const Images images(Dtype::float32, 2, 5, 6, 20, 0, 0, false);
+    std::vector<float> wider(2 * 9 * 9 * 20);
+    for (int64_t i = 0; i < 2 * 5 * 6 * 20; i++) {
+      const int64_t image = i / 600, y = i / 120 % 5, x = i / 20 % 6;
+      wider[static_cast<size_t>(((image * 9 + y + 1) * 9 + x + 2) * 20 + i % 20)] = load(images.input.data, Dtype::float32, i);
+    }
+    Input input = {wider.data(), Dtype::float32, 2, 9, 9, 20, 9 * 9 * 20, 9 * 20, 20};
+    Weights w = random_weights(padded, {Grid::lzs4, 4, 16});
+    const auto expected = run_layer(Run{}, padded, w, images.input, input_format, Dtype::float32, true);
+    w.packed.assign(packed_bytes(plain, {Grid::lzs4, 4, 16}), 0);
+    pack_weights(plain, {Grid::lzs4, 4, 16}, w.codes.data(), w.shifts.data(), w.packed.data());
+    // a zero that is no level of its table rounds to a neighbour inside an image, but not in the padding
+    const GridTable& grid = table_of(input_format.grid);
+    if (grid.is_signed || (grid.contiguous && !input_format.max_shift))
+      check(same(run_layer(Run{}, plain, w, input, input_format, Dtype::float32, true), expected, Dtype::float32),
+            "padding is zeros for " + describe(input_format));
+  }
+}
+
 void test_shapes_of_models() {  // large enough for several panels and tasks
   const WeightFormat lzs{Grid::lzs4, 4, 16}, bytes{Grid::int8, 0, 16};
   for (const WeightFormat& format : {lzs, bytes}) {
