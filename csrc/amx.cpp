@@ -1,11 +1,11 @@
-// AMX-int8: a tile instruction multiplies 16 rows x 64 of K by 64 of K x 16 channels. 2 x 2 tiles of sums use every loaded tile twice.
-// Everything else is AVX-512's: decoding, inputs, outputs, few rows.
-#include "tiles.h"
-
-#include "avx512.h"
+// AMX-int8: a tile instruction multiplies 16 rows x 64 of K by 64 of K x 16 channels. 2 x 2 tiles of sums use every loaded tile
+// twice. Everything else is AVX-512's: decoding, inputs, outputs, few rows.
 #include "dispatch.h"
 
 #if defined(__AVX512VNNI__) && (defined(__AMX_INT8__) || HALFBYTE_EMULATE_AMX)
+
+#include "avx512.h"
+#include "tiles.h"
 
 namespace halfbyte {
 namespace {
@@ -21,7 +21,8 @@ void begin() {
 void end() { TILE_RELEASE(); }
 
 // Tiles 0..3 hold sums (row half, channel half), 4 and 5 rows, 6 and 7 weights.
-void two_by_two(const uint8_t* const* row, int64_t stride, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int32_t* sums) {
+void two_by_two(const uint8_t* const* row, int64_t stride, const Walk& walk, const uint8_t* panel, int64_t panel_stride,
+                int32_t* sums) {
   char *top = reinterpret_cast<char*>(sums), *low = top + half_rows * row_bytes;
   if (walk.first) {
     TILE_LOAD(0, top, row_bytes);
@@ -66,7 +67,8 @@ void one(const uint8_t* row, int64_t stride, const Walk& walk, const uint8_t* pa
 }
 
 // Rows are evenly spaced and complete halves: see `gather`.
-void tile(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks, int32_t* sums) {
+void tile(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks,
+          int32_t* sums) {
   const int64_t stride = row[1] - row[0];
   TILE_FENCE();
   if (count > half_rows && blocks == 2) {
@@ -74,7 +76,8 @@ void tile(const uint8_t* const* row, int count, const Walk& walk, const uint8_t*
   } else {
     for (int half = 0; half * half_rows < count; half++)
       for (int b = 0; b < blocks; b++)
-        one(row[half * half_rows], stride, walk, panel + b * panel_stride, sums + half * half_rows * 2 * block_channels + b * block_channels);
+        one(row[half * half_rows], stride, walk, panel + b * panel_stride,
+            sums + half * half_rows * 2 * block_channels + b * block_channels);
   }
   TILE_FENCE();
 }
@@ -84,7 +87,8 @@ void tile(const uint8_t* const* row, int count, const Walk& walk, const uint8_t*
 const Kernels* amx_kernels() {
   static const Kernels kernels = [] {
     Kernels k = *avx512_kernels();
-    k.rows = tile_rows, k.tile = tile, k.even_rows = half_rows, k.panel_budget = 1024 * 1024, k.step = 12, k.begin = begin, k.end = end;
+    k.rows = tile_rows, k.tile = tile, k.even_rows = half_rows, k.panel_budget = 1024 * 1024, k.part_rows = 2048, k.step = 12,
+    k.begin = begin, k.end = end;
     return k;
   }();
   return &kernels;

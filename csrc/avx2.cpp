@@ -43,7 +43,8 @@ struct Decoder {
 
 // Shifts of 8 channels in 32-bit lanes.
 static inline __m256i shifts_of(const uint8_t* shifts, int64_t sixteenth, int half) {
-  const __m256i pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(shifts + sixteenth / 2 * 16 + half * 8)));
+  const __m256i pairs =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(shifts + sixteenth / 2 * 16 + half * 8)));
   return sixteenth % 2 ? _mm256_srli_epi32(pairs, 4) : _mm256_and_si256(pairs, _mm256_set1_epi32(15));
 }
 
@@ -64,7 +65,8 @@ void decode_narrow(const Nibbles& from, uint8_t* panel) {
 template <int R>
 static inline void start(const Walk& walk, const int32_t* sums, __m256i (&sum)[R][2]) {
   for (int r = 0; r < R; r++)
-    for (int b = 0; b < 2; b++) sum[r][b] = walk.first ? load(reinterpret_cast<const uint8_t*>(sums + r * 16 + b * 8)) : _mm256_setzero_si256();
+    for (int b = 0; b < 2; b++)
+      sum[r][b] = walk.first ? load(reinterpret_cast<const uint8_t*>(sums + r * 16 + b * 8)) : _mm256_setzero_si256();
 }
 
 template <int R>
@@ -93,7 +95,8 @@ void narrow_tile(const uint8_t* const* row, const Walk& walk, const uint8_t* pan
         }
       }
       for (int r = 0; r < R; r++)
-        for (int b = 0; b < 2; b++) sum[r][b] = _mm256_add_epi32(sum[r][b], _mm256_madd_epi16(small[r][b], load(weights + 256 + b * 32)));
+        for (int b = 0; b < 2; b++)
+          sum[r][b] = _mm256_add_epi32(sum[r][b], _mm256_madd_epi16(small[r][b], load(weights + 256 + b * 32)));
     }
   }
   finish(sum, sums);
@@ -146,7 +149,8 @@ void avx2_decode(const Nibbles& from, uint8_t* panel) {
   for (int64_t i = 0; i < from.chunks * 4; i++, panel += 256)
     for (int half = 0; half < 2; half++) {
       const __m256i shift = from.shifts ? shifts_of(from.shifts, i, half) : _mm256_setzero_si256();
-      const __m256i spilled = _mm256_sub_epi32(_mm256_sllv_epi32(_mm256_set1_epi32(0x01010101), shift), _mm256_set1_epi32(0x01010101));
+      const __m256i spilled =
+          _mm256_sub_epi32(_mm256_sllv_epi32(_mm256_set1_epi32(0x01010101), shift), _mm256_set1_epi32(0x01010101));
       for (int q = 0; q < 4; q++) {
         const __m256i levels = decoder(from.codes + i * 128 + q / 2 * 64 + half * 32, q % 2);
         store(panel + q * 64 + half * 32, _mm256_andnot_si256(spilled, _mm256_sllv_epi32(levels, shift)));
@@ -155,8 +159,29 @@ void avx2_decode(const Nibbles& from, uint8_t* panel) {
 }
 
 const Kernels* avx2_kernels() {
-  static const Kernels narrow = {3, 1, 0, 4 * narrow_sixteenth, 256 * 1024, avx2_range, avx2_encode, decode_narrow, any_narrow, nullptr, avx2_finish};
-  static const Kernels kernels = {3, 1, 0, panel_chunk, 256 * 1024, avx2_range, avx2_encode, avx2_decode, any_wide, nullptr, avx2_finish, &narrow};
+  static const Kernels narrow = {
+      .rows = 3,
+      .blocks = 1,
+      .chunk_bytes = 4 * narrow_sixteenth,
+      .panel_budget = 256 * 1024,
+      .range = avx2_range,
+      .encode = avx2_encode,
+      .decode = decode_narrow,
+      .tile = any_narrow,
+      .finish = avx2_finish,
+  };
+  static const Kernels kernels = {
+      .rows = 3,
+      .blocks = 1,
+      .chunk_bytes = panel_chunk,
+      .panel_budget = 256 * 1024,
+      .range = avx2_range,
+      .encode = avx2_encode,
+      .decode = avx2_decode,
+      .tile = any_wide,
+      .finish = avx2_finish,
+      .narrow = &narrow,
+  };
   return &kernels;
 }
 

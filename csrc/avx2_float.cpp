@@ -100,7 +100,8 @@ struct FirstRounding {
 
   explicit FirstRounding(const Encoding& e) : grid(*e.grid) {
     const bool is_signed = grid.is_signed;
-    const int top = e.format->max_shift ? e.format->top : grid.top, bottom = e.format->max_shift ? (is_signed ? -top : 0) : grid.bottom;
+    const int top = e.format->max_shift ? e.format->top : grid.top,
+              bottom = e.format->max_shift ? (is_signed ? -top : 0) : grid.bottom;
     reciprocal = _mm256_set1_ps(e.reciprocal), zero = _mm256_set1_ps(is_signed ? 0.0f : e.zero);
     low = _mm256_set1_ps(static_cast<float>(bottom)), high = _mm256_set1_ps(static_cast<float>(top));
     offset = _mm256_set1_epi32(e.offset);
@@ -125,8 +126,9 @@ struct FirstRounding {
   }
 };
 
+// `round` by value: stores through a byte pointer may alias what is in memory.
 template <Dtype D, Steps S>
-void round_once(const void* values, int64_t count, const FirstRounding round, uint8_t* out) {  // by value: a byte pointer may alias it
+void round_once(const void* values, int64_t count, const FirstRounding round, uint8_t* out) {
   each_step<D, 32>(values, count, [&](const void* from, int64_t at, int64_t index) {
     const __m256i a = _mm256_packs_epi32(round.template apply<S>(load8<D>(from, at)), round.apply<S>(load8<D>(from, at + 8)));
     const __m256i b = _mm256_packs_epi32(round.template apply<S>(load8<D>(from, at + 16)), round.apply<S>(load8<D>(from, at + 24)));
@@ -150,7 +152,9 @@ void first_rounding(const void* values, int64_t count, const FirstRounding& roun
 struct Bytes {
   __m256i v;
 
-  static Bytes repeat(const uint8_t* sixteen) { return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(sixteen)))}; }
+  static Bytes repeat(const uint8_t* sixteen) {
+    return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(sixteen)))};
+  }
   static Bytes all(uint8_t value) { return {_mm256_set1_epi8(static_cast<char>(value))}; }
   Bytes abs() const { return {_mm256_abs_epi8(v)}; }
   Bytes look_up(Bytes index) const { return {_mm256_shuffle_epi8(v, index.v)}; }
@@ -219,7 +223,8 @@ void encode(const void* values, int64_t count, const Encoding& e, uint8_t* out) 
   alignas(32) uint8_t bytes[piece];
   for (int64_t start = 0; start < count; start += piece) {
     const int64_t some = std::min<int64_t>(piece, count - start);
-    if (some % 32) _mm256_store_si256(reinterpret_cast<__m256i*>(bytes + some / 32 * 32), _mm256_set1_epi8(static_cast<char>(e.offset)));
+    if (some % 32)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(bytes + some / 32 * 32), _mm256_set1_epi8(static_cast<char>(e.offset)));
     first_rounding<D>(static_cast<const char*>(values) + start * size_of(D), some, round, bytes);
     again(rounder, e.offset, some, bytes, out + start);
   }

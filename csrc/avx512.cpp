@@ -1,5 +1,5 @@
-// AVX512-VNNI: the micro-kernels. A dot product instruction takes 4 neighbours along K of 16 output channels from the panel, and the
-// same 4 of one input row, repeated.
+// AVX512-VNNI: the micro-kernels. A dot product instruction takes 4 neighbours along K of 16 output channels from the panel, and
+// the same 4 of one input row, repeated.
 #include "dispatch.h"
 
 #if defined(__AVX512VNNI__)
@@ -23,7 +23,8 @@ template <int R, int B>
 void tile(const uint8_t* const* row, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int32_t* sums) {
   __m512i sum[R][B];
   for (int r = 0; r < R; r++)
-    for (int b = 0; b < B; b++) sum[r][b] = walk.first ? _mm512_loadu_si512(sums + (r * tile_blocks + b) * 16) : _mm512_setzero_si512();
+    for (int b = 0; b < B; b++)
+      sum[r][b] = walk.first ? _mm512_loadu_si512(sums + (r * tile_blocks + b) * 16) : _mm512_setzero_si512();
   for (int64_t i = walk.first; i < walk.last; i++) {
     const uint8_t* from[R];
     for (int r = 0; r < R; r++) from[r] = row[r] + walk.offsets[i];
@@ -47,7 +48,8 @@ template <int B>
 constexpr Tile tiles[tile_rows] = {tile<1, B>, tile<2, B>, tile<3, B>, tile<4, B>,  tile<5, B>,  tile<6, B>,
                                    tile<7, B>, tile<8, B>, tile<9, B>, tile<10, B>, tile<11, B>, tile<12, B>};
 
-void any_tile(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks, int32_t* sums) {
+void any_tile(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks,
+              int32_t* sums) {
   (blocks == 2 ? tiles<2> : tiles<1>)[count - 1](row, walk, panel, panel_stride, sums);
 }
 
@@ -76,7 +78,8 @@ struct Shift {
     const __m512i wide = _mm512_cvtepu8_epi32(pairs);
     count = sixteenth % 2 ? _mm512_srli_epi32(wide, 4) : _mm512_and_si512(wide, _mm512_set1_epi32(15));
     const __m128i masks = _mm_setr_epi8(-1, -2, -4, -8, -16, -32, -64, -128, 0, 0, 0, 0, 0, 0, 0, 0);  // 0xff << shift
-    const __m512i spread = _mm512_shuffle_epi8(count, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
+    const __m512i spread =
+        _mm512_shuffle_epi8(count, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
     kept = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(masks), spread);
   }
   __m512i operator()(__m512i levels) const { return _mm512_and_si512(_mm512_sllv_epi32(levels, count), kept); }
@@ -130,13 +133,15 @@ void thin_block(const uint8_t* const* row, const Walk& walk, const Nibbles& from
 using Thin = void (*)(const uint8_t* const*, const Walk&, const Nibbles&, int32_t*, int);
 
 template <bool S>
-constexpr Thin thins[tile_rows] = {thin_block<1, S>, thin_block<2, S>, thin_block<3, S>, thin_block<4, S>,  thin_block<5, S>,  thin_block<6, S>,
-                                   thin_block<7, S>, thin_block<8, S>, thin_block<9, S>, thin_block<10, S>, thin_block<11, S>, thin_block<12, S>};
+constexpr Thin thins[tile_rows] = {thin_block<1, S>, thin_block<2, S>,  thin_block<3, S>,  thin_block<4, S>,
+                                   thin_block<5, S>, thin_block<6, S>,  thin_block<7, S>,  thin_block<8, S>,
+                                   thin_block<9, S>, thin_block<10, S>, thin_block<11, S>, thin_block<12, S>};
 
 void thin(const uint8_t* const* row, int count, const Walk& walk, const Nibbles& from, int blocks, int32_t* sums) {
+  const auto* table = from.shifts ? thins<true> : thins<false>;
   Nibbles one = from;
-  for (int b = 0; b < blocks; b++) {
-    (from.shifts ? thins<true> : thins<false>)[count - 1](row, walk, one, sums + b * block_channels, tile_blocks * block_channels);
+  for (int b = 0; b < blocks; b++, sums += block_channels) {
+    table[count - 1](row, walk, one, sums, tile_blocks * block_channels);
     one.codes += from.chunks * (panel_chunk / 2);
     if (one.shifts) one.shifts += from.chunks * shift_chunk;
   }
@@ -145,7 +150,19 @@ void thin(const uint8_t* const* row, int count, const Walk& walk, const Nibbles&
 }  // namespace
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = {tile_rows, tile_blocks, tile_rows, panel_chunk, 512 * 1024, avx512_range, avx512_encode, decode, any_tile, thin, avx512_finish};
+  static const Kernels kernels = {
+      .rows = tile_rows,
+      .blocks = tile_blocks,
+      .thin_rows = tile_rows,
+      .chunk_bytes = panel_chunk,
+      .panel_budget = 512 * 1024,
+      .range = avx512_range,
+      .encode = avx512_encode,
+      .decode = decode,
+      .tile = any_tile,
+      .thin = thin,
+      .finish = avx512_finish,
+  };
   return &kernels;
 }
 
@@ -157,7 +174,8 @@ double avx512_rounds(int64_t rounds) {
     d = _mm512_dpbusd_epi32(d, x, w), e = _mm512_dpbusd_epi32(e, x, w), f = _mm512_dpbusd_epi32(f, x, w);
     g = _mm512_dpbusd_epi32(g, x, w), h = _mm512_dpbusd_epi32(h, x, w), i = _mm512_dpbusd_epi32(i, x, w);
     j = _mm512_dpbusd_epi32(j, x, w), k = _mm512_dpbusd_epi32(k, x, w), l = _mm512_dpbusd_epi32(l, x, w);
-    __asm__ volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d), "+v"(e), "+v"(f), "+v"(g), "+v"(h), "+v"(i), "+v"(j), "+v"(k), "+v"(l));
+    __asm__ volatile(""
+                     : "+v"(a), "+v"(b), "+v"(c), "+v"(d), "+v"(e), "+v"(f), "+v"(g), "+v"(h), "+v"(i), "+v"(j), "+v"(k), "+v"(l));
   }
   return static_cast<double>(rounds) * 12 * 64;
 }

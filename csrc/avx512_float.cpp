@@ -69,7 +69,8 @@ static inline __m512 round_minifloat(__m512 m, __m512 step_of_power) {
   return _mm512_sub_ps(_mm512_add_ps(m, magic), magic);
 }
 
-// Powers of two (no digit to be even): the midpoint below an even index belongs to it, the one below an odd index to the one beneath.
+// Powers of two (no digit to be even): the midpoint below an even index belongs to it, the one below an odd index to the one
+// beneath.
 static inline __m512 round_powers(__m512 m, const GridTable& grid) {
   __m512 level = _mm512_setzero_ps();
   for (int i = 1; i < grid.count; i++) {
@@ -90,7 +91,8 @@ struct FirstRounding {
 
   explicit FirstRounding(const Encoding& e) : grid(*e.grid) {
     const bool is_signed = grid.is_signed;
-    const int top = e.format->max_shift ? e.format->top : grid.top, bottom = e.format->max_shift ? (is_signed ? -top : 0) : grid.bottom;
+    const int top = e.format->max_shift ? e.format->top : grid.top,
+              bottom = e.format->max_shift ? (is_signed ? -top : 0) : grid.bottom;
     reciprocal = _mm512_set1_ps(e.reciprocal), zero = _mm512_set1_ps(is_signed ? 0.0f : e.zero);
     low = _mm512_set1_ps(static_cast<float>(bottom)), high = _mm512_set1_ps(static_cast<float>(top));
     offset = _mm512_set1_epi32(e.offset);
@@ -114,8 +116,9 @@ struct FirstRounding {
   }
 };
 
+// `round` by value: stores through a byte pointer may alias what is in memory.
 template <Dtype D, Steps S>
-void round_once(const void* values, int64_t start, int64_t count, const FirstRounding round, uint8_t* out) {  // by value: a byte pointer may alias it
+void round_once(const void* values, int64_t start, int64_t count, const FirstRounding round, uint8_t* out) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
@@ -143,7 +146,9 @@ void first_rounding(const void* values, int64_t start, int64_t count, const Firs
 struct Bytes {
   __m512i v;
 
-  static Bytes repeat(const uint8_t* sixteen) { return {_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(sixteen)))}; }
+  static Bytes repeat(const uint8_t* sixteen) {
+    return {_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(sixteen)))};
+  }
   static Bytes all(uint8_t value) { return {_mm512_set1_epi8(static_cast<char>(value))}; }
   Bytes abs() const { return {_mm512_abs_epi8(v)}; }
   Bytes look_up(Bytes index) const { return {_mm512_shuffle_epi8(v, index.v)}; }
@@ -180,7 +185,8 @@ struct Bytes {
     return {_mm512_mask_mov_epi32(lower.v, _mm512_cmpgt_epi32_mask(gain, _mm512_setzero_si512()), higher.v)};
   }
   static __m512i squares(Bytes a, Bytes b) {  // sums of 4
-    const __m512i d = _mm512_or_si512(_mm512_subs_epu8(a.v, b.v), _mm512_subs_epu8(b.v, a.v));  // below 128, see the callers' tables
+    const __m512i d =
+        _mm512_or_si512(_mm512_subs_epu8(a.v, b.v), _mm512_subs_epu8(b.v, a.v));  // below 128, see the callers' tables
     return _mm512_madd_epi16(_mm512_maddubs_epi16(d, d), _mm512_set1_epi16(1));
   }
 };
@@ -203,7 +209,10 @@ void encode(const void* values, int64_t count, const Encoding& e, uint8_t* out) 
   const ShiftTables tables(*e.format, *e.grid);
   const ShiftRounder<Bytes> rounder(tables);
   const int size = e.format->subgroup;
-  const auto again = size == 8 ? second_rounding<8> : size == 16 ? second_rounding<16> : size == 32 ? second_rounding<32> : second_rounding<64>;
+  const auto again = size == 8    ? second_rounding<8>
+                     : size == 16 ? second_rounding<16>
+                     : size == 32 ? second_rounding<32>
+                                  : second_rounding<64>;
   alignas(64) uint8_t bytes[piece];
   for (int64_t start = 0; start < count; start += piece) {
     const int64_t some = std::min<int64_t>(piece, count - start);

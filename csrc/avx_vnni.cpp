@@ -46,7 +46,17 @@ void any_tile(const uint8_t* const* row, int count, const Walk& walk, const uint
 }  // namespace
 
 const Kernels* avx_vnni_kernels() {
-  static const Kernels kernels = {tile_rows, 1, 0, panel_chunk, 512 * 1024, avx2_range, avx2_encode, avx2_decode, any_tile, nullptr, avx2_finish};
+  static const Kernels kernels = {
+      .rows = tile_rows,
+      .blocks = 1,
+      .chunk_bytes = panel_chunk,
+      .panel_budget = 512 * 1024,
+      .range = avx2_range,
+      .encode = avx2_encode,
+      .decode = avx2_decode,
+      .tile = any_tile,
+      .finish = avx2_finish,
+  };
   return &kernels;
 }
 
@@ -58,7 +68,8 @@ double avx_vnni_rounds(int64_t rounds) {
     d = _mm256_dpbusd_avx_epi32(d, x, w), e = _mm256_dpbusd_avx_epi32(e, x, w), f = _mm256_dpbusd_avx_epi32(f, x, w);
     g = _mm256_dpbusd_avx_epi32(g, x, w), h = _mm256_dpbusd_avx_epi32(h, x, w), i = _mm256_dpbusd_avx_epi32(i, x, w);
     j = _mm256_dpbusd_avx_epi32(j, x, w), k = _mm256_dpbusd_avx_epi32(k, x, w), l = _mm256_dpbusd_avx_epi32(l, x, w);
-    __asm__ volatile("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d), "+x"(e), "+x"(f), "+x"(g), "+x"(h), "+x"(i), "+x"(j), "+x"(k), "+x"(l));
+    __asm__ volatile(""
+                     : "+x"(a), "+x"(b), "+x"(c), "+x"(d), "+x"(e), "+x"(f), "+x"(g), "+x"(h), "+x"(i), "+x"(j), "+x"(k), "+x"(l));
   }
   return static_cast<double>(rounds) * 12 * 32;
 }

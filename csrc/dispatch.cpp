@@ -9,12 +9,14 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace halfbyte {
 namespace {
 
-const char* const names[isa_count] = {"scalar", "avx2", "avxvnni", "avx512", "amx"};
+const char* const names[isa_count] = {"scalar", "avx2", "avxvnni", "avx512", "amx", "neon"};
 
 #if defined(__x86_64__)
 
@@ -42,7 +44,7 @@ Features detect() {
   found.avx2 = ymm && (b7 >> 5 & 1) && fma && f16c;
   found.avx_vnni = found.avx2 && (a71 >> 4 & 1);
   const bool foundation = (b7 >> 16 & 1) && (b7 >> 17 & 1) && (b7 >> 30 & 1) && (b7 >> 31 & 1);  // F, DQ, BW, VL
-  found.avx512 = found.avx2 && zmm && foundation && (c7 >> 11 & 1);  // VNNI
+  found.avx512 = found.avx2 && zmm && foundation && (c7 >> 11 & 1);                              // VNNI
 #if HALFBYTE_EMULATE_AMX
   found.amx = found.avx512;
 #else
@@ -54,9 +56,23 @@ Features detect() {
 
 bool in_processor(Isa isa) {
   static const Features found = detect();
-  const bool has[isa_count] = {true, found.avx2, found.avx_vnni, found.avx512, found.amx};
+  const bool has[isa_count] = {true, found.avx2, found.avx_vnni, found.avx512, found.amx, false};
   return has[static_cast<int>(isa)];
 }
+
+#else
+
+bool in_processor(Isa isa) {
+#if defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long dot_products = 1ul << 20;  // HWCAP_ASIMDDP
+  static const bool neon = getauxval(AT_HWCAP) & dot_products;
+#else
+  constexpr bool neon = true;  // where the build has them: Apple's processors all do
+#endif
+  return isa == Isa::scalar || (isa == Isa::neon && neon);
+}
+
+#endif
 
 const Kernels* in_build(Isa isa) {
   switch (isa) {
@@ -65,16 +81,10 @@ const Kernels* in_build(Isa isa) {
     case Isa::avx_vnni: return avx_vnni_kernels();
     case Isa::avx512: return avx512_kernels();
     case Isa::amx: return amx_kernels();
+    case Isa::neon: return neon_kernels();
   }
   return nullptr;
 }
-
-#else
-
-bool in_processor(Isa isa) { return isa == Isa::scalar; }
-const Kernels* in_build(Isa isa) { return isa == Isa::scalar ? &scalar_kernels : nullptr; }
-
-#endif
 
 double scalar_rounds(int64_t rounds) {
   volatile int32_t sum = 0;
@@ -83,22 +93,20 @@ double scalar_rounds(int64_t rounds) {
 }
 
 double run_rounds(Isa isa, int64_t rounds) {
-#if defined(__x86_64__)
   switch (isa) {
+    case Isa::scalar: break;
     case Isa::avx2: return avx2_rounds(rounds);
     case Isa::avx_vnni: return avx_vnni_rounds(rounds);
     case Isa::avx512: return avx512_rounds(rounds);
     case Isa::amx: return amx_rounds(rounds);
-    default: break;
+    case Isa::neon: return neon_rounds(rounds);
   }
-#endif
-  (void)isa;
   return scalar_rounds(rounds);
 }
 
 }  // namespace
 
-const Kernels scalar_kernels = {1, 1, 0, panel_chunk, 0, scalar_range, scalar_encode, nullptr, nullptr, nullptr, scalar_finish};
+const Kernels scalar_kernels = {.range = scalar_range, .encode = scalar_encode, .finish = scalar_finish};
 
 const char* isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
 
@@ -106,7 +114,8 @@ bool isa_available(Isa isa) { return in_processor(isa) && in_build(isa); }
 
 const Kernels& kernels_of(Isa isa) {
   if (!isa_available(isa))
-    throw std::invalid_argument(std::string("this processor or this build of the engine has no ") + isa_name(isa) + " instructions");
+    throw std::invalid_argument(std::string("this processor or this build of the engine has no ") + isa_name(isa) +
+                                " instructions");
   return *in_build(isa);
 }
 

@@ -10,6 +10,7 @@ const Kernels* avx2_kernels();
 const Kernels* avx_vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* amx_kernels();
+const Kernels* neon_kernels();
 
 const Kernels& kernels_of(Isa isa);  // throws where it is not available
 
@@ -20,5 +21,6 @@ double avx2_rounds(int64_t rounds);
 double avx_vnni_rounds(int64_t rounds);
 double avx512_rounds(int64_t rounds);
 double amx_rounds(int64_t rounds);
+double neon_rounds(int64_t rounds);
 
 }  // namespace halfbyte

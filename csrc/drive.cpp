@@ -1,5 +1,5 @@
-// The driver of the fast products: which thread multiplies what, and in which order, so that weights are decoded once into a panel that
-// stays in the L2 cache and a tile of input rows stays in L1 while all blocks of the panel pass by.
+// The driver of the fast products: which thread multiplies what, and in which order, so that weights are decoded once into a panel
+// that stays in the L2 cache and a tile of input rows stays in L1 while all blocks of the panel pass by.
 #include <algorithm>
 #include <vector>
 
@@ -9,17 +9,19 @@
 namespace halfbyte {
 namespace {
 
+constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
 constexpr int most_rows = 32;  // of a tile
 
 struct Drive {
   const Problem& p;
   const Kernels& kernels;
   const Output& output;
-  std::vector<int64_t> offsets, gathered_offsets;  // of chunks; and where `gather` puts them
-  std::vector<int32_t> quads;                      // of chunks
-  bool thin = false;             // few rows: no panels
+  std::vector<int64_t> offsets, gathered_offsets;          // of chunks; and where `gather` puts them
+  std::vector<int32_t> quads;                              // of chunks
+  bool thin = false;                                       // few rows: no panels
   int64_t panel_blocks = 1, group_panels = 1, panels = 1;  // blocks of a task; tasks of a group, of all groups
-  int64_t row_step = 0, row_parts = 1;                    // rows of a task
+  int64_t row_step = 0, row_parts = 1;                     // rows of a task
 };
 
 // Walks over output pixels without dividing.
@@ -27,7 +29,8 @@ struct Cursor {
   const Problem& p;
   int64_t image, y, x;
 
-  Cursor(const Problem& problem, int64_t row) : p(problem), image(row / p.out_width / p.out_height), y(row / p.out_width % p.out_height), x(row % p.out_width) {}
+  Cursor(const Problem& problem, int64_t row)
+      : p(problem), image(row / p.out_width / p.out_height), y(row / p.out_width % p.out_height), x(row % p.out_width) {}
   int64_t offset() const { return pixel_offset(p.inputs, image, y * p.weights.layer.stride_h, x * p.weights.layer.stride_w); }
   void advance() {
     if (++x < p.out_width) return;
@@ -156,7 +159,8 @@ struct Task {
     const auto* colsums = reinterpret_cast<const int32_t*>(p.packed + w.sums) + (first_block + block) * block_channels;
     const int64_t size = size_of(d.output.dtype);
     char* to = static_cast<char*>(d.output.data) + (row * d.output.pixel_stride + out) * size;
-    d.kernels.finish(at, d.kernels.blocks * block_channels, {colsums, p.weight_scale + out, p.bias ? p.bias + out : nullptr, columns},
+    d.kernels.finish(at, d.kernels.blocks * block_channels,
+                     {colsums, p.weight_scale + out, p.bias ? p.bias + out : nullptr, columns},
                      {count, rows.zeros, rows.scales, to, d.output.pixel_stride * size, d.output.dtype});
   }
 };
@@ -169,20 +173,28 @@ void run_task(void* raw, int index) {
   if (d.kernels.end && !d.thin) d.kernels.end();
 }
 
-// Cuts the work into tasks: panels as large as L2 allows, but enough tasks for the threads to share evenly.
+// Cuts the work into tasks: panels as large as L2 allows; where those are too few for the threads to share evenly, rows in parts,
+// as long as a part repays decoding; and where there are few rows, smaller panels.
 void plan(Drive& d, int threads) {
   const PackedHeader& w = d.p.weights;
   const int64_t tile_blocks = d.kernels.blocks, wanted = threads == 1 ? 1 : 4 * threads;
   d.thin = w.tiled && table_of(w.format.grid).bits == 4 && d.p.rows <= d.kernels.thin_rows;
-  const int64_t fitting = std::max(tile_blocks, d.kernels.panel_budget / panel_bytes(d) / tile_blocks * tile_blocks);
-  const int64_t sharing = round_up(std::max<int64_t>(1, w.blocks() / wanted), tile_blocks);
-  d.panel_blocks = std::min({fitting, sharing, round_up(w.group_blocks, tile_blocks)});
-  d.group_panels = (w.group_blocks + d.panel_blocks - 1) / d.panel_blocks;
-  d.panels = d.group_panels * w.layer.groups;
-  const int64_t tiles = (d.p.rows + d.kernels.rows - 1) / d.kernels.rows;
-  const int64_t parts = std::clamp<int64_t>(wanted / d.panels, 1, std::max<int64_t>(1, tiles / 8));  // fewer rows would not repay decoding
-  d.row_step = (tiles + parts - 1) / parts * d.kernels.rows;
-  d.row_parts = (d.p.rows + d.row_step - 1) / d.row_step;
+  const auto cut = [&](int64_t blocks, int64_t multiple) {  // panels of a group: alike, and evenly many for the threads
+    d.group_panels = round_up(divide_up(w.group_blocks, blocks), multiple);
+    d.panel_blocks = round_up(divide_up(w.group_blocks, d.group_panels), tile_blocks);
+    d.group_panels = divide_up(w.group_blocks, d.panel_blocks);
+    d.panels = d.group_panels * w.layer.groups;
+  };
+  cut(std::max(tile_blocks, d.kernels.panel_budget / panel_bytes(d) / tile_blocks * tile_blocks), 1);
+  const int64_t parts = std::clamp<int64_t>(divide_up(wanted, d.panels), 1, std::max<int64_t>(1, d.p.rows / d.kernels.part_rows));
+  if (d.panels * parts < wanted) {
+    cut(std::max<int64_t>(1, w.blocks() * parts / wanted), 1);
+  } else if (parts == 1 && threads > 1) {
+    cut(d.panel_blocks, threads);
+  }
+  const int64_t tiles = divide_up(d.p.rows, d.kernels.rows);
+  d.row_step = divide_up(tiles, parts) * d.kernels.rows;
+  d.row_parts = divide_up(d.p.rows, d.row_step);
 }
 
 }  // namespace

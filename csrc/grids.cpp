@@ -34,7 +34,8 @@ Grid grid_of(const std::string& name) {
 }
 
 int round_to_grid(float units, const GridTable& grid) {
-  if (grid.contiguous) return static_cast<int>(std::clamp(std::nearbyintf(units), static_cast<float>(grid.bottom), static_cast<float>(grid.top)));
+  if (grid.contiguous)
+    return static_cast<int>(std::clamp(std::nearbyintf(units), static_cast<float>(grid.bottom), static_cast<float>(grid.top)));
   const float magnitude = grid.is_signed ? std::fabs(units) : std::max(units, 0.0f);
   int index = 0;
   for (; index + 1 < grid.count; index++) {

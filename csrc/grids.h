@@ -30,7 +30,9 @@ static inline int bit_length(int value) { return value ? 32 - __builtin_clz(stat
 int round_to_grid(float units, const GridTable& grid);
 
 // Weight integer of a code.
-static inline int decode_code(int code, const GridTable& grid) { return grid.bits == 8 ? static_cast<int8_t>(code) : grid.levels[code]; }
+static inline int decode_code(int code, const GridTable& grid) {
+  return grid.bits == 8 ? static_cast<int8_t>(code) : grid.levels[code];
+}
 
 static inline int nibble(const uint8_t* bytes, int64_t index) { return bytes[index / 2] >> (index % 2 * 4) & 15; }
 

@@ -2,8 +2,9 @@
 //
 //     y[m, n] = (scale_x[m] * scale_w[n]) * float(sum_k X[m, k] * W[n, k]) + bias[n]
 //
-// X and W are integers of at most 8 bits. X is held as unsigned bytes u = X + zero, because that is what the integer dot products of
-// x86 take, and zero * sum_k W[n, k] is subtracted again before anything is rounded; so every instruction set gives the same bits.
+// X and W are integers of at most 8 bits. X is held as unsigned bytes u = X + zero, because that is what the integer dot products
+// of x86 take, and zero * sum_k W[n, k] is subtracted again before anything is rounded; so every instruction set gives the same
+// bits.
 //
 // There is one kind of layer. A convolution reads channels-last images; a linear layer is a 1x1 convolution over M images of one
 // pixel each, and so has a scale for every row. Preconditions are the caller's to check; what is checked here throws
@@ -26,13 +27,14 @@ Grid grid_of(const std::string& name);
 
 // ---- instruction sets -------------------------------------------------------------------------------------------------------
 
-// In ascending order of speed. avx2 uses no VNNI; avx_vnni is its 256-bit form; avx512 needs AVX512-VNNI.
-enum class Isa : uint8_t { scalar, avx2, avx_vnni, avx512, amx };
-constexpr int isa_count = 5;
+// In ascending order of speed. avx2 uses no VNNI; avx_vnni is its 256-bit form; avx512 needs AVX512-VNNI; neon ARM's dot products.
+enum class Isa : uint8_t { scalar, avx2, avx_vnni, avx512, amx, neon };
+constexpr int isa_count = 6;
 
-const char* isa_name(Isa isa);  // "scalar", "avx2", "avxvnni", "avx512", "amx"
+const char* isa_name(Isa isa);  // "scalar", "avx2", "avxvnni", "avx512", "amx", "neon"
 bool isa_available(Isa isa);    // on this machine and in this build
-// The fastest one available where `name` is null or empty, else the named one; throws when there is none such or it is not available.
+// The fastest one available where `name` is null or empty, else the named one; throws when there is none such or it is not
+// available.
 Isa choose_isa(const char* name);
 // choose_isa(getenv("HALFBYTE_ISA")), looked up at every call.
 Isa default_isa();
@@ -41,7 +43,8 @@ double integer_limit(Isa isa, double seconds);
 
 // ---- threads ----------------------------------------------------------------------------------------------------------------
 
-// Runs task(context, index) for index 0 .. tasks-1 on at most `threads` threads, the caller's among them; returns when all are done.
+// Runs task(context, index) for index 0 .. tasks-1 on at most `threads` threads, the caller's among them; returns when all are
+// done.
 using ParallelFor = void (*)(int tasks, int threads, void (*task)(void* context, int index), void* context);
 
 // OpenMP's pool where its runtime is loaded in this process already (torch brings one), else threads started for the call.
@@ -79,9 +82,10 @@ int64_t contraction(const Layer& layer);  // K
 // The packed form: one flat buffer that describes itself, may be copied and moved, and holds 4 bits a weight (and a shift for every
 // 16). Any alignment works; 64 is fastest.
 size_t packed_bytes(const Layer& layer, const WeightFormat& format);
-// codes: as on disk (docs/format.md): (O, ceil(K/2)) nibbles, or (O, K) bytes for int8. shifts: nibbles (O, ceil(groups of K / 2)), or
-// null without shifts. A shift above max_shift throws.
-void pack_weights(const Layer& layer, const WeightFormat& format, const uint8_t* codes, const uint8_t* shifts, uint8_t* packed);
+// codes: as on disk (docs/format.md): (O, ceil(K/2)) nibbles, or (O, K) bytes for int8. shifts: nibbles (O, ceil(groups of K / 2)),
+// or null without shifts. A shift above max_shift throws.
+void pack_weights(const Layer& layer, const WeightFormat& format, const uint8_t* codes, const uint8_t* shifts, uint8_t* packed,
+                  int threads = 1);
 // The inverse, to the last bit (padding nibbles are 0). shifts may be null without shifts.
 void unpack_weights(const uint8_t* packed, uint8_t* codes, uint8_t* shifts);
 // What a packed buffer holds; throws when it is not one.
@@ -109,8 +113,8 @@ struct Input {
   int64_t image_stride = 0, row_stride = 0, pixel_stride = 0;
 };
 
-// A quantized input: one flat buffer, aligned to 64, that describes itself. Several layers with the same input (queries, keys, values)
-// may share one, where they ask for the same format and padding.
+// A quantized input: one flat buffer, aligned to 64, that describes itself. Several layers with the same input (queries, keys,
+// values) may share one, where they ask for the same format and padding.
 size_t quantized_bytes(const Input& input, const Layer& layer);
 void quantize(const Run& run, const Input& input, const InputFormat& format, const Layer& layer, uint8_t* quantized);
 // For tests: the integers X (zero point taken off), (images, height, width, channels) without padding, and the scale of each image.

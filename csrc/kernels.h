@@ -1,11 +1,13 @@
-// What an instruction set brings: one table of functions for each, made in a translation unit of its own with its own compiler flags.
+// What an instruction set brings: one table of functions for each, made in a translation unit of its own with its own compiler
+// flags.
 #pragma once
 
 #include "layout.h"
 
 namespace halfbyte {
 
-// Extremes of some input values. low <= 0 <= high; absmax is the largest magnitude's bit pattern, above infinity's where there is a NaN.
+// Extremes of some input values. low <= 0 <= high; absmax is the largest magnitude's bit pattern, above infinity's where there is a
+// NaN.
 struct Range {
   float low = 0, high = 0;
   uint32_t absmax = 0;
@@ -28,7 +30,8 @@ struct Epilogue {
   int columns;        // valid ones of the tile
 };
 
-// K as the micro-kernels walk it, chunk by chunk: those from `first` up to `last`. Sums start at 0 where first is 0, else they go on.
+// K as the micro-kernels walk it, chunk by chunk: those from `first` up to `last`. Sums start at 0 where first is 0, else they go
+// on.
 struct Walk {
   const int64_t* offsets;  // of every chunk, in bytes from a row's first byte
   const int32_t* quads;    // of every chunk: 4-byte steps that are needed, 1..16
@@ -54,20 +57,22 @@ struct Nibbles {
 };
 
 struct Kernels {
-  int rows, blocks;      // of a tile: input rows, blocks of 16 output channels. A tile's sums are (rows, 16 * blocks) int32
-  int thin_rows;         // `thin` takes at most this many; 0: there is none
-  int chunk_bytes;       // of a panel, for each chunk
-  int64_t panel_budget;  // bytes of the panels of one task: about half of the L2 cache
+  int rows = 1, blocks = 1;  // of a tile: input rows, blocks of 16 output channels. Its sums are (rows, 16 * blocks) int32
+  int thin_rows = 0;         // `thin` takes at most this many; 0: there is none
+  int chunk_bytes = 0;       // of a panel, for each chunk
+  int64_t panel_budget = 0;  // bytes of the panels of one task: about half of the L2 cache
+  int64_t part_rows = 384;   // so many rows make decoding a panel again a few percent of the work
   // Widens a range by some values; where only absmax is asked for, the rest may stay as it is.
-  void (*range)(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* range);
-  void (*encode)(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
+  void (*range)(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* range) = nullptr;
+  void (*encode)(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out) = nullptr;
   // One tiled block of nibbles to a panel.
-  void (*decode)(const Nibbles& from, uint8_t* panel);
+  void (*decode)(const Nibbles& from, uint8_t* panel) = nullptr;
   // Sums over the walk for `count` rows and `blocks` panels, which lie panel_stride bytes apart.
-  void (*tile)(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks, int32_t* sums);
-  // The same straight from nibbles.
-  void (*thin)(const uint8_t* const* row, int count, const Walk& walk, const Nibbles& from, int blocks, int32_t* sums);
-  void (*finish)(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);
+  void (*tile)(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks,
+               int32_t* sums) = nullptr;
+  // The same straight from nibbles, over all of K.
+  void (*thin)(const uint8_t* const* row, int count, const Walk& walk, const Nibbles& from, int blocks, int32_t* sums) = nullptr;
+  void (*finish)(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows) = nullptr;
   const Kernels* narrow = nullptr;  // others for tiled nibbles with levels of at most `narrow_level`
   int even_rows = 0;                // `tile` reads rows in runs of this many, evenly spaced; the driver copies others together
   int step = 0;                     // chunks of K that `tile` takes at once, so that the rows stay in L1; 0: all

@@ -1,5 +1,6 @@
 // Weights from the order of the checkpoint to the order of the kernels, and back.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
@@ -43,9 +44,7 @@ int disk_shift(const PackedHeader& h, const uint8_t* shifts, int64_t output, int
   return h.format.max_shift ? nibble(shifts + output * shift_row(h), k / h.format.subgroup) : 0;
 }
 
-int weight_of(const PackedHeader& h, int code, int shift) {
-  return decode_code(code, table_of(h.format.grid)) * (1 << shift);
-}
+int weight_of(const PackedHeader& h, int code, int shift) { return decode_code(code, table_of(h.format.grid)) * (1 << shift); }
 
 // The up to 64 weights of one output channel that share a chunk.
 struct Stretch {
@@ -55,15 +54,14 @@ struct Stretch {
 };
 
 template <typename Visit>
-void each_stretch(const PackedHeader& h, Visit visit) {
-  for (int64_t output = 0; output < h.layer.outputs; output++) {
-    const int64_t inside = output % h.group_outputs, block = output / h.group_outputs * h.group_blocks + inside / block_channels;
-    for (int64_t i = 0; i < h.chunks; i++) {
-      const int64_t start = i % h.segment_chunks() * chunk;
-      visit(Stretch{output, block, inside % block_channels, i, i / h.segment_chunks() * h.length + start,
-                    static_cast<int>(std::min<int64_t>(chunk, h.length - start))});
+void each_stretch(const PackedHeader& h, int64_t output, Visit visit) {
+  const int64_t inside = output % h.group_outputs, block = output / h.group_outputs * h.group_blocks + inside / block_channels;
+  int64_t at_chunk = 0;
+  for (int64_t segment = 0; segment < h.segments; segment++)
+    for (int64_t start = 0; start < h.length; start += chunk, at_chunk++) {
+      const int count = static_cast<int>(std::min<int64_t>(chunk, h.length - start));
+      visit(Stretch{output, block, inside % block_channels, at_chunk, segment * h.length + start, count});
     }
-  }
 }
 
 // 8 nibbles in the order of the disk to the order of a tile, (0, 4) (1, 5) (2, 6) (3, 7), and back.
@@ -88,10 +86,13 @@ void check(const Layer& layer, const WeightFormat& format) {
   if (std::min({layer.pad_top, layer.pad_bottom, layer.pad_left, layer.pad_right}) < 0)
     throw std::invalid_argument("padding must not be negative");
   if (contraction(layer) > longest_k)
-    throw std::invalid_argument("the engine sums at most " + std::to_string(longest_k) + " products, this layer has K = " + std::to_string(contraction(layer)));
+    throw std::invalid_argument("the engine sums at most " + std::to_string(longest_k) +
+                                " products, this layer has K = " + std::to_string(contraction(layer)));
   if (!grid.is_signed) throw std::invalid_argument(std::string("weights need a signed grid, got ") + grid.name);
-  if (format.max_shift < 0 || grid.top << format.max_shift > 127 || (format.max_shift && (grid.bits == 8 || format.grid == Grid::int4)))
-    throw std::invalid_argument(std::string("weights of grid ") + grid.name + " cannot carry shifts up to " + std::to_string(format.max_shift));
+  if (format.max_shift < 0 || grid.top << format.max_shift > 127 ||
+      (format.max_shift && (grid.bits == 8 || format.grid == Grid::int4)))
+    throw std::invalid_argument(std::string("weights of grid ") + grid.name + " cannot carry shifts up to " +
+                                std::to_string(format.max_shift));
   if (format.subgroup < 1) throw std::invalid_argument("a subgroup holds at least 1 value");
 }
 
@@ -130,7 +131,9 @@ PackedHeader packed_header(const uint8_t* packed) {
   return h;
 }
 
-size_t packed_bytes(const Layer& layer, const WeightFormat& format) { return static_cast<size_t>(plan_packed(layer, format).bytes); }
+size_t packed_bytes(const Layer& layer, const WeightFormat& format) {
+  return static_cast<size_t>(plan_packed(layer, format).bytes);
+}
 
 void describe_packed(const uint8_t* packed, size_t bytes, Layer* layer, WeightFormat* format) {
   if (bytes < sizeof(PackedHeader)) throw std::invalid_argument("these bytes are no packed weights");
@@ -165,19 +168,21 @@ void write_codes(const PackedHeader& h, const uint8_t* from, const Stretch& s, u
   }
 }
 
-void pack_tiles(const PackedHeader& h, const uint8_t* codes, const uint8_t* shifts, uint8_t* packed) {
+void pack_tiles(const PackedHeader& h, const uint8_t* codes, const uint8_t* shifts, int64_t output, uint8_t* packed) {
   const bool bytes = table_of(h.format.grid).bits == 8;
-  each_stretch(h, [&](const Stretch& s) {
+  each_stretch(h, output, [&](const Stretch& s) {
     uint8_t row[chunk];
     read_codes(h, codes, s, row);
-    for (int quad = 0; quad < quads; quad += bytes ? 1 : 2) {
+    uint8_t* to = packed + h.codes + code_byte(h, s.block, s.at_chunk, 0, s.channel, bytes);
+    for (int word_at = 0; word_at < (bytes ? 64 : 32); word_at += 4, to += 64) {
       uint32_t word;
-      std::memcpy(&word, row + (bytes ? quad * 4 : quad * 2), 4);
+      std::memcpy(&word, row + word_at, 4);
       if (!bytes) word = to_tile(word);
-      std::memcpy(packed + h.codes + code_byte(h, s.block, s.at_chunk, quad * 4, s.channel, bytes), &word, 4);
+      std::memcpy(to, &word, 4);
     }
     for (int i = 0; h.format.max_shift && i < s.count; i += 16)
-      set_nibble(packed[h.shifts + shift_byte(h, s.block, s.at_chunk, i, s.channel)], i / 16 % 2, disk_shift(h, shifts, s.output, s.k + i));
+      set_nibble(packed[h.shifts + shift_byte(h, s.block, s.at_chunk, i, s.channel)], i / 16 % 2,
+                 disk_shift(h, shifts, s.output, s.k + i));
   });
 }
 
@@ -191,39 +196,65 @@ struct ByteSums {
   }
 };
 
-int32_t sum_of_row(const PackedHeader& h, const ByteSums& sums, const uint8_t* codes, const uint8_t* shifts, int64_t output) {
-  const int64_t per_byte = table_of(h.format.grid).bits == 8 ? 1 : 2;
+// sum_k W[n, k] of one output channel; raises `largest` to its largest shift.
+int32_t sum_of_row(const PackedHeader& h, const ByteSums& sums, const uint8_t* codes, const uint8_t* shifts, int64_t output,
+                   int* largest) {
+  const int halving = table_of(h.format.grid).bits == 8 ? 0 : 1, per_byte = 1 << halving;
   const uint8_t* row = codes + output * code_row(h);
   const int64_t k = contraction(h.layer), step = h.format.max_shift ? h.format.subgroup : k;
   int32_t sum = 0;
   for (int64_t from = 0; from < k; from += step) {
     const int shift = disk_shift(h, shifts, output, from);
-    if (shift > h.format.max_shift)
-      throw std::invalid_argument("a shift of " + std::to_string(shift) + " is beyond the layer's largest, " + std::to_string(h.format.max_shift));
+    *largest = std::max(*largest, shift);
     int32_t part = 0;
     int64_t i = from;
     const int64_t end = std::min(from + step, k);
     if (i % per_byte) part += weight_of(h, disk_code(h, codes, output, i++), 0);
-    for (; i + per_byte <= end; i += per_byte) part += sums.of[row[i / per_byte]];
+    for (; i + per_byte <= end; i += per_byte) part += sums.of[row[i >> halving]];
     if (i < end) part += weight_of(h, disk_code(h, codes, output, i), 0);
-    sum += part * (1 << shift);
+    sum += part * (1 << std::min(shift, 7));
   }
   return sum;
 }
 
+constexpr int64_t pack_step = 16;  // output channels of a task
+
+struct Packing {
+  const PackedHeader& h;
+  const uint8_t *codes, *shifts;
+  uint8_t* packed;
+  const ByteSums sums;
+  std::atomic<int> largest_shift{0};
+
+  static void run(void* raw, int task) {
+    auto& p = *static_cast<Packing*>(raw);
+    const PackedHeader& h = p.h;
+    int largest = 0;
+    for (int64_t output = task * pack_step; output < std::min((task + 1) * pack_step, h.layer.outputs); output++) {
+      const int32_t sum = sum_of_row(h, p.sums, p.codes, p.shifts, output, &largest);
+      const int64_t padded = output / h.group_outputs * h.group_blocks * block_channels + output % h.group_outputs;
+      std::memcpy(p.packed + h.sums + padded * 4, &sum, 4);
+      if (h.tiled) pack_tiles(h, p.codes, p.shifts, output, p.packed);
+    }
+    int seen = p.largest_shift;
+    while (seen < largest && !p.largest_shift.compare_exchange_weak(seen, largest)) {
+    }
+  }
+};
+
 }  // namespace
 
-void pack_weights(const Layer& layer, const WeightFormat& format, const uint8_t* codes, const uint8_t* shifts, uint8_t* packed) {
+void pack_weights(const Layer& layer, const WeightFormat& format, const uint8_t* codes, const uint8_t* shifts, uint8_t* packed,
+                  int threads) {
   const PackedHeader h = plan_packed(layer, format);
   std::memset(packed, 0, static_cast<size_t>(h.bytes));
   std::memcpy(packed, &h, sizeof h);
-  const ByteSums sums(table_of(format.grid));
-  for (int64_t output = 0; output < layer.outputs; output++) {
-    const int32_t sum = sum_of_row(h, sums, codes, shifts, output);
-    const int64_t padded = output / h.group_outputs * h.group_blocks * block_channels + output % h.group_outputs;
-    std::memcpy(packed + h.sums + padded * 4, &sum, 4);
-  }
-  if (h.tiled) return pack_tiles(h, codes, shifts, packed);
+  Packing packing{h, codes, shifts, packed, ByteSums(table_of(format.grid))};
+  parallel_for(static_cast<int>((layer.outputs + pack_step - 1) / pack_step), threads, Packing::run, &packing);
+  if (packing.largest_shift > format.max_shift)
+    throw std::invalid_argument("a shift of " + std::to_string(packing.largest_shift) + " is beyond the layer's largest, " +
+                                std::to_string(format.max_shift));
+  if (h.tiled) return;
   std::memcpy(packed + h.codes, codes, static_cast<size_t>(layer.outputs * code_row(h)));
   if (format.max_shift) std::memcpy(packed + h.shifts, shifts, static_cast<size_t>(layer.outputs * shift_row(h)));
 }
@@ -240,7 +271,7 @@ void unpack_weights(const uint8_t* packed, uint8_t* codes, uint8_t* shifts) {
   }
   std::memset(codes, 0, code_bytes);
   if (shift_bytes) std::memset(shifts, 0, shift_bytes);
-  each_stretch(h, [&](const Stretch& s) {
+  const auto unpack = [&](const Stretch& s) {
     uint8_t row[chunk];
     for (int quad = 0; quad < quads; quad += bytes ? 1 : 2) {
       uint32_t word;
@@ -254,7 +285,8 @@ void unpack_weights(const uint8_t* packed, uint8_t* codes, uint8_t* shifts) {
       const int pair = packed[h.shifts + shift_byte(h, s.block, s.at_chunk, i, s.channel)];
       set_nibble(shifts[s.output * shift_row(h) + subgroup / 2], subgroup % 2, pair >> (i / 16 % 2 * 4) & 15);
     }
-  });
+  };
+  for (int64_t output = 0; output < h.layer.outputs; output++) each_stretch(h, output, unpack);
 }
 
 void decode_block(const uint8_t* packed, const PackedHeader& h, int64_t block, int8_t* panel) {

@@ -16,8 +16,10 @@ Problem resolve(const uint8_t* quantized, const uint8_t* packed, const float* we
   const QuantizedHeader& q = p.inputs;
   const Layer& layer = p.weights.layer;
   if (q.channels != layer.inputs)
-    throw std::invalid_argument("the layer takes " + std::to_string(layer.inputs) + " channels, the input has " + std::to_string(q.channels));
-  const bool padded_alike = q.pad_top == layer.pad_top && q.pad_bottom == layer.pad_bottom && q.pad_left == layer.pad_left && q.pad_right == layer.pad_right;
+    throw std::invalid_argument("the layer takes " + std::to_string(layer.inputs) + " channels, the input has " +
+                                std::to_string(q.channels));
+  const bool padded_alike = q.pad_top == layer.pad_top && q.pad_bottom == layer.pad_bottom && q.pad_left == layer.pad_left &&
+                            q.pad_right == layer.pad_right;
   const bool adjacent = layer.kernel_h * layer.kernel_w == 1 || q.pixel_pitch == q.channels;
   if (!padded_alike || !adjacent) throw std::invalid_argument("the input was quantized for a layer with another kernel or padding");
   p.scales = reinterpret_cast<const float*>(quantized + q.scales);

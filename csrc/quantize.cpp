@@ -64,7 +64,9 @@ void choose_scale(const Job& job, int64_t image, const Range& range) {
 Range range_of(const Job& job, int64_t image, int64_t from, int64_t to) {
   Range range;
   const bool only_absmax = job.format.fixed || table_of(job.format.grid).is_signed;
-  const auto widen = [&](const char* values, int64_t count, int64_t) { job.kernels.range(values, job.input.dtype, count, only_absmax, &range); };
+  const auto widen = [&](const char* values, int64_t count, int64_t) {
+    job.kernels.range(values, job.input.dtype, count, only_absmax, &range);
+  };
   for (int64_t y = from; y < to; y++) job.each_stretch(image, y, widen, true);
   return range;
 }
@@ -81,9 +83,12 @@ void encode_rows(const Job& job, int64_t image, int64_t from, int64_t to) {
   if (from == 0 && h.pad_top) fill(pixel_offset(h, image, 0, 0), h.pad_top * h.row_pitch);
   if (to == h.height && h.pad_bottom) fill(pixel_offset(h, image, h.pad_top + h.height, 0), h.pad_bottom * h.row_pitch);
   for (int64_t y = from; y < to; y++) {
-    job.each_stretch(image, y, [&](const char* values, int64_t count, int64_t at) {
-      job.kernels.encode(values, job.input.dtype, count, encoding, job.quantized + at);
-    }, whole_rows);
+    job.each_stretch(
+        image, y,
+        [&](const char* values, int64_t count, int64_t at) {
+          job.kernels.encode(values, job.input.dtype, count, encoding, job.quantized + at);
+        },
+        whole_rows);
     if (h.pad_left) fill(pixel_offset(h, image, y + h.pad_top, 0), h.pad_left * h.pixel_pitch);
     if (h.pad_right) fill(pixel_offset(h, image, y + h.pad_top, h.pad_left + h.width), h.pad_right * h.pixel_pitch);
   }
@@ -115,7 +120,8 @@ void join_ranges(const Job& job) {
     Range all;
     for (int64_t band = 0; band < job.bands_per_image; band++) {
       const Range& part = job.ranges[image * job.bands_per_image + band];
-      all.low = std::min(all.low, part.low), all.high = std::max(all.high, part.high), all.absmax = std::max(all.absmax, part.absmax);
+      all.low = std::min(all.low, part.low), all.high = std::max(all.high, part.high),
+      all.absmax = std::max(all.absmax, part.absmax);
     }
     choose_scale(job, image, all);
   }
@@ -125,11 +131,14 @@ void check(const Input& input, const InputFormat& format, const Layer& layer) {
   const GridTable& grid = table_of(format.grid);
   const int largest = std::max(format.top, std::max(grid.top, -grid.bottom) << format.max_shift);
   if (input.channels != layer.inputs)
-    throw std::invalid_argument("the layer takes " + std::to_string(layer.inputs) + " channels, the input has " + std::to_string(input.channels));
+    throw std::invalid_argument("the layer takes " + std::to_string(layer.inputs) + " channels, the input has " +
+                                std::to_string(input.channels));
   if (format.top < 1 || largest > (grid.is_signed ? 128 : 255) || format.max_shift < 0 || (format.max_shift && grid.bits == 8))
-    throw std::invalid_argument(std::string("inputs of grid ") + grid.name + " cannot reach " + std::to_string(largest) + " in a byte");
+    throw std::invalid_argument(std::string("inputs of grid ") + grid.name + " cannot reach " + std::to_string(largest) +
+                                " in a byte");
   if (format.subgroup < 1 || format.subgroup > 1024) throw std::invalid_argument("a subgroup of an input holds 1 to 1024 values");
-  if (format.truncate && !(format.max_shift && grid.contiguous)) throw std::invalid_argument("truncation needs shifts and an integer grid");
+  if (format.truncate && !(format.max_shift && grid.contiguous))
+    throw std::invalid_argument("truncation needs shifts and an integer grid");
   if (format.fixed && (!(format.scale > 0) || !std::isfinite(format.scale) || format.zero < 0 || format.zero > 255))
     throw std::invalid_argument("a fixed scale must be finite and above 0, its zero point 0 to 255");
 }
@@ -141,7 +150,8 @@ QuantizedHeader plan_quantized(const Input& input, const Layer& layer) {
   std::memcpy(h.magic, quantized_magic, sizeof h.magic);
   h.images = input.images, h.height = input.height, h.width = input.width, h.channels = input.channels;
   h.pad_top = layer.pad_top, h.pad_bottom = layer.pad_bottom, h.pad_left = layer.pad_left, h.pad_right = layer.pad_right;
-  // Neighbouring pixels touch where a kernel row is one stretch. Else rows start on cache lines, no 512 bytes apart: those collide in L1.
+  // Neighbouring pixels touch where a kernel row is one stretch. Else rows start on cache lines, no 512 bytes apart: those collide
+  // in L1.
   const int64_t lines = round_up(h.channels, 64), spread = lines % 512 ? lines : lines + 64;
   h.pixel_pitch = layer.kernel_h * layer.kernel_w == 1 ? spread : h.channels;
   h.row_pitch = (h.width + h.pad_left + h.pad_right) * h.pixel_pitch;
@@ -149,7 +159,8 @@ QuantizedHeader plan_quantized(const Input& input, const Layer& layer) {
   h.scales = round_up(sizeof h, 64);
   h.zeros = h.scales + round_up(h.images * 4, 64);
   h.values = h.zeros + round_up(h.images * 4, 64);
-  h.bytes = round_up(h.values + h.images * h.image_pitch + 2 * chunk, 64);  // kernels read up to a chunk too far, times weights of 0
+  h.bytes =
+      round_up(h.values + h.images * h.image_pitch + 2 * chunk, 64);  // kernels read up to a chunk too far, times weights of 0
   return h;
 }
 
@@ -168,7 +179,8 @@ void quantize(const Run& run, const Input& input, const InputFormat& format, con
   const QuantizedHeader& h = job.header;
   std::memcpy(quantized, &h, sizeof h);
   job.scales = reinterpret_cast<float*>(quantized + h.scales), job.zeros = reinterpret_cast<int32_t*>(quantized + h.zeros);
-  std::memset(quantized + h.values + h.images * h.image_pitch, 0, static_cast<size_t>(h.bytes - h.values - h.images * h.image_pitch));
+  std::memset(quantized + h.values + h.images * h.image_pitch, 0,
+              static_cast<size_t>(h.bytes - h.values - h.images * h.image_pitch));
   if (!h.images) return;
   const int64_t row_values = std::max<int64_t>(1, h.width * h.channels);
   job.band_rows = std::clamp<int64_t>(band_values / row_values, 1, std::max<int64_t>(1, h.height));

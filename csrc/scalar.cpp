@@ -19,8 +19,8 @@ int cut(int value, int shift, const GridTable& grid) {
   return value < 0 ? -kept : kept;
 }
 
-// Leading-zero suppression: the smallest shift at which the largest magnitude is no longer, in bits, than the table's top; or one more,
-// where that lowers the squared error. See quantizers.round_with_shifts.
+// Leading-zero suppression: the smallest shift at which the largest magnitude is no longer, in bits, than the table's top; or one
+// more, where that lowers the squared error. See quantizers.round_with_shifts.
 void round_subgroup(int* values, int64_t count, const InputFormat& format, const GridTable& grid) {
   int largest = 0;
   for (int64_t i = 0; i < count; i++) largest = std::max(largest, std::abs(values[i]));
@@ -82,33 +82,38 @@ void scalar_product(const Run& run, const Problem& p, const Output& output) {
     const Problem& p;
     const Output& output;
   } context{p, output};
-  run.parallel(static_cast<int>(p.weights.blocks()), run.threads, [](void* raw, int block) {
-    const auto& [p, output] = *static_cast<Context*>(raw);
-    const PackedHeader& w = p.weights;
-    const QuantizedHeader& q = p.inputs;
-    std::vector<int8_t> panel(static_cast<size_t>(w.panel_bytes()));
-    decode_block(p.packed, w, block, panel.data());
-    const int64_t group = block / w.group_blocks, inside = block % w.group_blocks * block_channels;
-    const int64_t channels = std::min<int64_t>(block_channels, w.group_outputs - inside), first = group * w.group_outputs + inside;
-    int32_t colsum[block_channels];
-    std::memcpy(colsum, p.packed + w.sums + block * block_channels * 4, sizeof colsum);
-    const Epilogue epilogue{colsum, p.weight_scale + first, p.bias ? p.bias + first : nullptr, static_cast<int>(channels)};
-    for (int64_t row = 0; row < p.rows; row++) {
-      const uint8_t* x = p.quantized + p.row_offset(row) + group * (w.layer.inputs / w.layer.groups);
-      uint32_t sums[block_channels] = {};
-      for (int64_t segment = 0; segment < w.segments; segment++) {
-        const uint8_t* from = x + segment_offset(w, q, segment);
-        for (int64_t k = 0; k < w.length; k++) {
-          const int8_t* quad = panel.data() + (segment * w.segment_chunks() + k / chunk) * panel_chunk + k % chunk / 4 * 64 + k % 4;
-          for (int64_t n = 0; n < channels; n++) sums[n] += static_cast<uint32_t>(from[k] * quad[n * 4]);
+  run.parallel(
+      static_cast<int>(p.weights.blocks()), run.threads,
+      [](void* raw, int block) {
+        const auto& [p, output] = *static_cast<Context*>(raw);
+        const PackedHeader& w = p.weights;
+        const QuantizedHeader& q = p.inputs;
+        std::vector<int8_t> panel(static_cast<size_t>(w.panel_bytes()));
+        decode_block(p.packed, w, block, panel.data());
+        const int64_t group = block / w.group_blocks, inside = block % w.group_blocks * block_channels;
+        const int64_t channels = std::min<int64_t>(block_channels, w.group_outputs - inside),
+                      first = group * w.group_outputs + inside;
+        int32_t colsum[block_channels];
+        std::memcpy(colsum, p.packed + w.sums + block * block_channels * 4, sizeof colsum);
+        const Epilogue epilogue{colsum, p.weight_scale + first, p.bias ? p.bias + first : nullptr, static_cast<int>(channels)};
+        for (int64_t row = 0; row < p.rows; row++) {
+          const uint8_t* x = p.quantized + p.row_offset(row) + group * (w.layer.inputs / w.layer.groups);
+          uint32_t sums[block_channels] = {};
+          for (int64_t segment = 0; segment < w.segments; segment++) {
+            const uint8_t* from = x + segment_offset(w, q, segment);
+            for (int64_t k = 0; k < w.length; k++) {
+              const int8_t* quad =
+                  panel.data() + (segment * w.segment_chunks() + k / chunk) * panel_chunk + k % chunk / 4 * 64 + k % 4;
+              for (int64_t n = 0; n < channels; n++) sums[n] += static_cast<uint32_t>(from[k] * quad[n * 4]);
+            }
+          }
+          const int64_t image = row / (p.out_height * p.out_width);
+          char* out = static_cast<char*>(output.data) + (row * output.pixel_stride + first) * size_of(output.dtype);
+          const Rows one{1, p.zeros + image, p.scales + image, out, 0, output.dtype};
+          scalar_finish(reinterpret_cast<int32_t*>(sums), 0, epilogue, one);
         }
-      }
-      const int64_t image = row / (p.out_height * p.out_width);
-      char* out = static_cast<char*>(output.data) + (row * output.pixel_stride + first) * size_of(output.dtype);
-      const Rows one{1, p.zeros + image, p.scales + image, out, 0, output.dtype};
-      scalar_finish(reinterpret_cast<int32_t*>(sums), 0, epilogue, one);
-    }
-  }, &context);
+      },
+      &context);
 }
 
 }  // namespace halfbyte

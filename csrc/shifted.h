@@ -1,11 +1,11 @@
 // The second rounding of shifted grids (leading-zero suppression) on vectors of bytes, for any width.
 //
-// Magnitudes are bytes, so everything that depends on a subgroup's largest one, m, is a look-up by m >> 3 (signed, m <= 127) or m >> 4
-// (unsigned): the shift, and what is added, masked and capped for it. Rounding a to a multiple of 2**t, ties to even, is
-// (a + 2**(t-1) - 1 + bit t of a) with the low t bits cleared. On minifloat tables t also grows with the value's own length.
+// Magnitudes are bytes, so everything that depends on a subgroup's largest one, m, is a look-up by m >> 3 (signed, m <= 127) or m
+// >> 4 (unsigned): the shift, and what is added, masked and capped for it. Rounding a to a multiple of 2**t, ties to even, is (a +
+// 2**(t-1) - 1 + bit t of a) with the low t bits cleared. On minifloat tables t also grows with the value's own length.
 //
-// One more shift can only pay where the largest magnitude saturates: below that, the levels of the larger shift are a subset of those of
-// the smaller one. So its error is only computed for vectors where some subgroup saturates.
+// One more shift can only pay where the largest magnitude saturates: below that, the levels of the larger shift are a subset of
+// those of the smaller one. So its error is only computed for vectors where some subgroup saturates.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,8 @@
 
 namespace halfbyte {
 
-// `first` is the number of values below which the table holds every integer: 2**bits, and minifloats are as exact as `bits + 1` digits.
+// `first` is the number of values below which the table holds every integer: 2**bits, and minifloats are as exact as `bits + 1`
+// digits.
 static inline int whole_bits(const GridTable& grid) {
   if (grid.contiguous) return 8;
   int index = 1;
@@ -23,15 +24,18 @@ static inline int whole_bits(const GridTable& grid) {
 }
 
 struct ShiftTables {
-  alignas(16) uint8_t shift[16], full[16];               // by m: the smaller shift; the largest magnitude without saturation (255: no matter)
-  alignas(16) uint8_t cap[16];                           // by shift: top << shift
-  alignas(16) uint8_t add[16], odd[16], keep[16];        // by t: 2**(t-1) - 1, 2**t (0 where t = 0), ~(2**t - 1)
-  alignas(16) uint8_t length_low[16], length_high[16];   // by nibbles of a value: the t that its length asks for
+  alignas(16) uint8_t shift[16], full[16];  // by m: the smaller shift; the largest magnitude without saturation (255: no matter)
+  alignas(16) uint8_t cap[16];              // by shift: top << shift
+  alignas(16) uint8_t add[16], odd[16], keep[16];       // by t: 2**(t-1) - 1, 2**t (0 where t = 0), ~(2**t - 1)
+  alignas(16) uint8_t length_low[16], length_high[16];  // by nibbles of a value: the t that its length asks for
   uint8_t max_shift;
   bool is_signed, contiguous, truncate;
 
   ShiftTables(const InputFormat& format, const GridTable& grid)
-      : max_shift(static_cast<uint8_t>(format.max_shift)), is_signed(grid.is_signed), contiguous(grid.contiguous), truncate(format.truncate) {
+      : max_shift(static_cast<uint8_t>(format.max_shift)),
+        is_signed(grid.is_signed),
+        contiguous(grid.contiguous),
+        truncate(format.truncate) {
     const int bits = whole_bits(grid), fraction = grid.is_signed ? 3 : 4;
     for (int i = 0; i < 16; i++) {
       const int largest = (i + 1) * (1 << fraction) - 1;
@@ -53,8 +57,17 @@ template <typename V>
 class ShiftRounder {
  public:
   explicit ShiftRounder(const ShiftTables& t)
-      : shift_(V::repeat(t.shift)), full_(V::repeat(t.full)), cap_(V::repeat(t.cap)), add_(V::repeat(t.add)), odd_(V::repeat(t.odd)),
-        keep_(V::repeat(t.keep)), low_(V::repeat(t.length_low)), high_(V::repeat(t.length_high)), max_shift_(V::all(t.max_shift)), is_signed_(t.is_signed), contiguous_(t.contiguous) {}
+      : shift_(V::repeat(t.shift)),
+        full_(V::repeat(t.full)),
+        cap_(V::repeat(t.cap)),
+        add_(V::repeat(t.add)),
+        odd_(V::repeat(t.odd)),
+        keep_(V::repeat(t.keep)),
+        low_(V::repeat(t.length_low)),
+        high_(V::repeat(t.length_high)),
+        max_shift_(V::all(t.max_shift)),
+        is_signed_(t.is_signed),
+        contiguous_(t.contiguous) {}
 
   // Bytes in (int8 or uint8 integers) to the rounded integers; subgroups of `Size` neighbours.
   template <int Size>

@@ -1,6 +1,8 @@
 // A parallel for over the OpenMP pool that the process has anyway, or over threads of its own, and scratch memory.
 #include <dlfcn.h>
+#if defined(__linux__)
 #include <link.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -16,16 +18,23 @@ namespace {
 
 using Gomp = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel; LLVM's and Intel's runtimes have it too
 
+#if defined(__linux__)
 int find_openmp(dl_phdr_info* info, size_t, void* found) {
-  if (!std::strstr(info->dlpi_name, "libgomp") && !std::strstr(info->dlpi_name, "libomp") && !std::strstr(info->dlpi_name, "libiomp5")) return 0;
-  if (void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD)) *static_cast<void**>(found) = dlsym(library, "GOMP_parallel");
+  if (!std::strstr(info->dlpi_name, "libgomp") && !std::strstr(info->dlpi_name, "libomp") &&
+      !std::strstr(info->dlpi_name, "libiomp5"))
+    return 0;
+  if (void* library = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD))
+    *static_cast<void**>(found) = dlsym(library, "GOMP_parallel");
   return *static_cast<void**>(found) != nullptr;
 }
+#endif
 
 Gomp gomp() {
   static const Gomp entry = [] {
     void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+#if defined(__linux__)
     if (!symbol) dl_iterate_phdr(find_openmp, &symbol);  // loaded, but not for everyone to see
+#endif
     return reinterpret_cast<Gomp>(symbol);
   }();
   return entry;

@@ -1,8 +1,8 @@
-// AMX tile instructions, or the same in plain C++ (HALFBYTE_EMULATE_AMX), with which the AMX kernels are tested on any AVX-512 machine.
-// Macros, because the instructions want the tile's number as a literal.
+// AMX tile instructions, or the same in plain C++ (HALFBYTE_EMULATE_AMX), with which the AMX kernels are tested on any AVX-512
+// machine. Macros, because the instructions want the tile's number as a literal.
 //
-// The compiler knows nothing of what these read and write. TILE_FENCE goes where plain stores must have happened before a tile load, and
-// tile stores before plain loads; gcc 12 does not even order the stores to the configuration before its load.
+// The compiler knows nothing of what these read and write. TILE_FENCE goes where plain stores must have happened before a tile
+// load, and tile stores before plain loads; gcc 12 does not even order the stores to the configuration before its load.
 #pragma once
 
 #include <cstdint>
@@ -71,9 +71,9 @@ static inline void dot(int c, int a, int b) {  // tdpbusd: a unsigned, b signed
 
 #include <immintrin.h>
 
-#define TILE_CONFIGURE(config) \
-  do {                         \
-    TILE_FENCE();              \
+#define TILE_CONFIGURE(config)   \
+  do {                           \
+    TILE_FENCE();                \
     _tile_loadconfig(&(config)); \
   } while (0)
 #define TILE_RELEASE() _tile_release()

@@ -53,7 +53,7 @@ inline const char* name_of(Grid grid) { return table_of(grid).name; }
 
 inline const std::vector<WeightFormat>& weight_formats() {
   static const std::vector<WeightFormat> formats = {
-      {Grid::int4, 0, 16}, {Grid::lzs4, 0, 16}, {Grid::e2m1, 0, 16}, {Grid::e1m2, 0, 16}, {Grid::e3m0, 0, 16},  {Grid::int8, 0, 16},
+      {Grid::int4, 0, 16}, {Grid::lzs4, 0, 16}, {Grid::e2m1, 0, 16}, {Grid::e1m2, 0, 16}, {Grid::e3m0, 0, 16}, {Grid::int8, 0, 16},
       {Grid::lzs4, 4, 16}, {Grid::lzs4, 4, 32}, {Grid::lzs4, 4, 48}, {Grid::lzs4, 3, 7},  {Grid::e2m1, 3, 16}, {Grid::e1m2, 4, 64},
   };
   return formats;
@@ -61,22 +61,26 @@ inline const std::vector<WeightFormat>& weight_formats() {
 
 inline const std::vector<InputFormat>& input_formats() {
   static const std::vector<InputFormat> formats = {
-      {Grid::int8, 0, 16, 127, false, false, 1, 0},   {Grid::lzs4, 4, 16, 112, false, false, 1, 0}, {Grid::lzs4, 4, 32, 127, true, false, 1, 0},
-      {Grid::lzs4, 4, 8, 105, false, false, 1, 0},    {Grid::lzs4, 2, 64, 28, false, false, 1, 0},  {Grid::lzs4, 4, 5, 112, false, false, 1, 0},
-      {Grid::lzs4, 1, 16, 127, false, false, 1, 0},   {Grid::e2m1, 3, 16, 96, false, false, 1, 0},  {Grid::e2m1, 3, 32, 127, false, false, 1, 0},
-      {Grid::e1m2, 4, 16, 112, false, false, 1, 0},   {Grid::int4, 0, 16, 7, false, false, 1, 0},   {Grid::e2m1, 0, 16, 12, false, false, 1, 0},
-      {Grid::e3m0, 0, 16, 64, false, false, 1, 0},    {Grid::ue2m2, 0, 16, 28, false, false, 1, 0}, {Grid::ue1m3, 0, 16, 15, false, false, 1, 0},
-      {Grid::ue3m1, 0, 16, 192, false, false, 1, 0},  {Grid::uint8, 0, 16, 255, false, false, 1, 0}, {Grid::ue1m3, 4, 16, 240, false, false, 1, 0},
-      {Grid::ue1m3, 4, 16, 255, true, false, 1, 0},   {Grid::ue2m2, 3, 16, 224, false, false, 1, 0}, {Grid::ue1m3, 4, 32, 255, false, false, 1, 0},
-      {Grid::e2m1, 0, 16, 12, false, true, 0.37f, 0}, {Grid::ue2m2, 0, 16, 28, false, true, 0.2f, 9}, {Grid::lzs4, 4, 16, 112, false, true, 0.02f, 0},
+      {Grid::int8, 0, 16, 127, false, false, 1, 0},        {Grid::lzs4, 4, 16, 112, false, false, 1, 0},
+      {Grid::lzs4, 4, 32, 127, true, false, 1, 0},         {Grid::lzs4, 4, 8, 105, false, false, 1, 0},
+      {Grid::lzs4, 2, 64, 28, false, false, 1, 0},         {Grid::lzs4, 4, 5, 112, false, false, 1, 0},
+      {Grid::lzs4, 1, 16, 127, false, false, 1, 0},        {Grid::e2m1, 3, 16, 96, false, false, 1, 0},
+      {Grid::e2m1, 3, 32, 127, false, false, 1, 0},        {Grid::e1m2, 4, 16, 112, false, false, 1, 0},
+      {Grid::int4, 0, 16, 7, false, false, 1, 0},          {Grid::e2m1, 0, 16, 12, false, false, 1, 0},
+      {Grid::e3m0, 0, 16, 64, false, false, 1, 0},         {Grid::ue2m2, 0, 16, 28, false, false, 1, 0},
+      {Grid::ue1m3, 0, 16, 15, false, false, 1, 0},        {Grid::ue3m1, 0, 16, 192, false, false, 1, 0},
+      {Grid::uint8, 0, 16, 255, false, false, 1, 0},       {Grid::ue1m3, 4, 16, 240, false, false, 1, 0},
+      {Grid::ue1m3, 4, 16, 255, true, false, 1, 0},        {Grid::ue2m2, 3, 16, 224, false, false, 1, 0},
+      {Grid::ue1m3, 4, 32, 255, false, false, 1, 0},       {Grid::e2m1, 0, 16, 12, false, true, 0.37f, 0},
+      {Grid::ue2m2, 0, 16, 28, false, true, 0.2f, 9},      {Grid::lzs4, 4, 16, 112, false, true, 0.02f, 0},
       {Grid::uint8, 0, 16, 255, false, true, 1e-39f, 200}, {Grid::ue1m3, 4, 16, 240, false, true, 0.02f, 31},
   };
   return formats;
 }
 
 inline std::string describe(const InputFormat& f) {
-  return std::string(name_of(f.grid)) + "<<" + std::to_string(f.max_shift) + "/" + std::to_string(f.subgroup) + " top " + std::to_string(f.top) +
-         (f.truncate ? " cut" : "") + (f.fixed ? " fixed" : "");
+  return std::string(name_of(f.grid)) + "<<" + std::to_string(f.max_shift) + "/" + std::to_string(f.subgroup) + " top " +
+         std::to_string(f.top) + (f.truncate ? " cut" : "") + (f.fixed ? " fixed" : "");
 }
 
 struct Weights {
@@ -96,10 +100,11 @@ inline Weights random_weights(const Layer& layer, const WeightFormat& format) {
     w.shifts.resize(static_cast<size_t>(layer.outputs * ((groups + 1) / 2)));
     for (int64_t o = 0; o < layer.outputs; o++)
       for (int64_t g = 0; g < groups; g++)
-        w.shifts[static_cast<size_t>(o * ((groups + 1) / 2) + g / 2)] |= static_cast<uint8_t>(uniform(0, format.max_shift) << (g % 2 * 4));
+        w.shifts[static_cast<size_t>(o * ((groups + 1) / 2) + g / 2)] |=
+            static_cast<uint8_t>(uniform(0, format.max_shift) << (g % 2 * 4));
   }
   w.packed.resize(packed_bytes(layer, format));
-  pack_weights(layer, format, w.codes.data(), w.shifts.data(), w.packed.data());
+  pack_weights(layer, format, w.codes.data(), w.shifts.data(), w.packed.data(), static_cast<int>(uniform(1, 3)));
   for (int64_t o = 0; o < layer.outputs; o++) {
     w.scale.push_back(std::uniform_real_distribution<float>(0.001f, 0.1f)(generator()));
     w.bias.push_back(std::normal_distribution<float>()(generator()));
@@ -113,13 +118,17 @@ struct Images {
   Input input;
 
   // `skew` bytes before the first value (whole values), `gap` values between pixels.
-  Images(Dtype dtype, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t skew = 0, int64_t gap = 0, bool special = true) {
+  Images(Dtype dtype, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t skew = 0, int64_t gap = 0,
+         bool special = true) {
     const int64_t pitch = channels + gap, count = images * height * width * pitch;
     bytes.resize(static_cast<size_t>((count + skew) * size_of(dtype) + 1));
     uint8_t* data = bytes.data() + skew * size_of(dtype);
     for (int64_t image = 0; image < images; image++) {
       const int kind = special ? static_cast<int>(uniform(0, 15)) : 15;
-      const float spread = kind == 0 ? 0.0f : kind == 1 ? 1e-40f : kind == 2 ? 2e4f : std::exp(std::normal_distribution<float>()(generator()));
+      const float spread = kind == 0   ? 0.0f
+                           : kind == 1 ? 1e-40f
+                           : kind == 2 ? 2e4f
+                                       : std::exp(std::normal_distribution<float>()(generator()));
       std::normal_distribution<float> draw(kind % 3 ? 0.0f : spread, spread > 0 ? spread : 1.0f);
       const int64_t size = height * width * pitch;
       for (int64_t i = 0; i < size; i++) store(data, dtype, image * size + i, kind == 0 ? 0.0f : draw(generator()));
@@ -129,9 +138,10 @@ struct Images {
   }
 };
 
-inline std::vector<uint8_t> run_layer(const Run& run, const Layer& layer, const Weights& w, const Input& input, const InputFormat& format,
-                                      Dtype dtype, bool bias, int64_t gap = 0) {
-  const int64_t rows = input.images * output_height(layer, input.height) * output_width(layer, input.width), pitch = layer.outputs + gap;
+inline std::vector<uint8_t> run_layer(const Run& run, const Layer& layer, const Weights& w, const Input& input,
+                                      const InputFormat& format, Dtype dtype, bool bias, int64_t gap = 0) {
+  const int64_t rows = input.images * output_height(layer, input.height) * output_width(layer, input.width),
+                pitch = layer.outputs + gap;
   std::vector<uint8_t> out(static_cast<size_t>(rows * pitch * size_of(dtype)), 0xee);
   forward(run, input, format, w.packed.data(), w.scale.data(), bias ? w.bias.data() : nullptr, {out.data(), dtype, pitch});
   return out;

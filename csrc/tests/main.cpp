@@ -13,6 +13,7 @@ void test_ties();
 void test_linear();
 void test_extremes();
 void test_conv();
+void test_padding();
 void test_shapes_of_models();
 void test_zero_sizes();
 void test_misaligned();
@@ -25,9 +26,20 @@ int main(int count, char** arguments) {
   const struct {
     const char* name;
     void (*run)();
-  } tests[] = {{"grids", test_grids},     {"floats", test_floats}, {"packing", test_packing},      {"refusals", test_refusals},   {"quantize", test_quantize},
-               {"ties", test_ties},       {"linear", test_linear}, {"extremes", test_extremes},    {"conv", test_conv},           {"models", test_shapes_of_models},
-               {"zero", test_zero_sizes}, {"misaligned", test_misaligned}, {"concurrent", test_concurrent_callers}};
+  } tests[] = {{"grids", test_grids},
+               {"floats", test_floats},
+               {"packing", test_packing},
+               {"refusals", test_refusals},
+               {"quantize", test_quantize},
+               {"ties", test_ties},
+               {"linear", test_linear},
+               {"extremes", test_extremes},
+               {"conv", test_conv},
+               {"padding", test_padding},
+               {"models", test_shapes_of_models},
+               {"zero", test_zero_sizes},
+               {"misaligned", test_misaligned},
+               {"concurrent", test_concurrent_callers}};
   for (const auto& test : tests) {
     if (count > 1 && std::string(arguments[1]) != test.name) continue;
     const int before = failures, so_far = checks;
@@ -36,6 +48,6 @@ int main(int count, char** arguments) {
   }
   std::printf("instruction sets:");
   for (Isa isa : fast_isas()) std::printf(" %s", isa_name(isa));
-  std::printf("; %d failures\n", failures);
+  std::printf("; threads: %s; %d failures\n", parallel_runtime(), failures);
   return failures != 0;
 }

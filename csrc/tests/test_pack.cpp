@@ -31,7 +31,8 @@ void test_floats() {
     if (half % 0x8000 >= 0x7bff) continue;
     const float next = from_float16(static_cast<uint16_t>(half + 1)), middle = 0.5f * f16 + 0.5f * next;  // exact in float32
     check(to_float16(middle) == half + half % 2, "float16 ties to even at " + std::to_string(half));
-    check(to_float16(std::nextafter(middle, f16)) == half && to_float16(std::nextafter(middle, next)) == half + 1, "float16 near a tie");
+    check(to_float16(std::nextafter(middle, f16)) == half && to_float16(std::nextafter(middle, next)) == half + 1,
+          "float16 near a tie");
   }
   check(to_float16(65520.0f) == 0x7c00 && to_float16(std::nextafter(65520.0f, 0.0f)) == 0x7bff, "float16 overflow");
 }
@@ -69,9 +70,11 @@ void test_packing() {
         std::memcpy(&sum, w.packed.data() + h.sums + (block * 16 + n) * 4, 4);
         sums += sum;
         for (int64_t at = 0; at < k && first + n < h.group_outputs; at++) {
-          const int64_t output = block / h.group_blocks * h.group_outputs + first + n, row_groups = (k + format.subgroup - 1) / format.subgroup;
+          const int64_t output = block / h.group_blocks * h.group_outputs + first + n,
+                        row_groups = (k + format.subgroup - 1) / format.subgroup;
           const bool bytes = table_of(format.grid).bits == 8;
-          const int code = bytes ? w.codes[static_cast<size_t>(output * k + at)] : nibble(w.codes.data() + output * ((k + 1) / 2), at);
+          const int code =
+              bytes ? w.codes[static_cast<size_t>(output * k + at)] : nibble(w.codes.data() + output * ((k + 1) / 2), at);
           const int shift = format.max_shift ? nibble(w.shifts.data() + output * ((row_groups + 1) / 2), at / format.subgroup) : 0;
           const int64_t place = at / h.length * h.segment_chunks() * 1024 + at % h.length / 4 * 64 + n * 4 + at % h.length % 4;
           check(panel[static_cast<size_t>(place)] == decode_code(code, table_of(format.grid)) * (1 << shift), what + " decodes");

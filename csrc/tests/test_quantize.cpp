@@ -33,7 +33,8 @@ void compare(const Input& input, const InputFormat& format, const Layer& layer) 
   for (Isa isa : fast_isas())
     for (int threads : {1, 3}) {
       const Read got = quantize_with(Run{isa, threads, parallel_for}, input, format, layer);
-      const std::string what = std::string(isa_name(isa)) + " quantizes " + describe(format) + ", " + std::to_string(input.channels) + " channels";
+      const std::string what =
+          std::string(isa_name(isa)) + " quantizes " + describe(format) + ", " + std::to_string(input.channels) + " channels";
       check(got.integers == expected.integers, what + ": integers");
       check(same_floats(got.scales, expected.scales), what + ": scales");
     }
