@@ -73,14 +73,14 @@ void check_bytes(const char* what, size_t found, size_t expected) {
 }
 
 void pack(const Sizes& sizes, const std::string& grid, int max_shift, int subgroup, const Bytes& codes,
-          const std::optional<Bytes>& shifts, const Bytes& packed) {
+          const std::optional<Bytes>& shifts, const Bytes& packed, int threads) {
   const hb::Layer layer = layer_of(sizes);
   const hb::WeightFormat format = weight_format(grid, max_shift, subgroup);
   check_bytes("packed weights", packed.size(), hb::packed_bytes(layer, format));
   check_bytes("codes", codes.size(), bytes_of_codes(layer, format));
   check_bytes("shifts", shifts ? shifts->size() : 0, bytes_of_shifts(layer, format));
   nb::gil_scoped_release unlocked;
-  hb::pack_weights(layer, format, codes.data(), shifts ? shifts->data() : nullptr, packed.data());
+  hb::pack_weights(layer, format, codes.data(), shifts ? shifts->data() : nullptr, packed.data(), threads);
 }
 
 void unpack(const Bytes& packed, const Bytes& codes, const std::optional<Bytes>& shifts) {
@@ -153,7 +153,7 @@ NB_MODULE(_engine, m) {
   m.def("packed_bytes", [](const Sizes& sizes, const std::string& grid, int max_shift, int subgroup) {
     return hb::packed_bytes(layer_of(sizes), weight_format(grid, max_shift, subgroup));
   });
-  m.def("pack", &pack, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
+  m.def("pack", &pack, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("unpack", &unpack, nb::arg(), nb::arg(), nb::arg().none());
   m.def("forward", &forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
 }

@@ -18,12 +18,6 @@ struct Problem {
   const float* weight_scale;
   const float* bias;
   int64_t out_height, out_width, rows;  // rows: output pixels of all images
-
-  // Where the window of an output pixel starts, in bytes from `quantized`.
-  int64_t row_offset(int64_t row) const {
-    const int64_t x = row % out_width, y = row / out_width % out_height, image = row / out_width / out_height;
-    return pixel_offset(inputs, image, y * weights.layer.stride_h, x * weights.layer.stride_w);
-  }
 };
 
 void scalar_range(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* range);

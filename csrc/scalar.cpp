@@ -77,43 +77,53 @@ void scalar_finish(const int32_t* sums, int sum_stride, const Epilogue& e, const
     }
 }
 
+namespace {
+
+struct Convolution {
+  const Problem& p;
+  const Output& output;
+
+  // The sums of one output pixel with a block's channels, tap by tap: none of the segments and strides that the fast way uses.
+  void add_taps(int64_t image, int64_t y, int64_t x, int64_t group, const int8_t* panel, uint32_t* sums) const {
+    const PackedHeader& w = p.weights;
+    const Layer& layer = w.layer;
+    const int64_t channels = layer.inputs / layer.groups;
+    for (int64_t k = 0; k < contraction(layer); k++) {
+      const int64_t tap_y = k / channels / layer.kernel_w, tap_x = k / channels % layer.kernel_w;
+      const int64_t from = pixel_offset(p.inputs, image, y * layer.stride_h + tap_y * layer.dilation_h,
+                                        x * layer.stride_w + tap_x * layer.dilation_w);
+      const int value = p.quantized[from + group * channels + k % channels];
+      const int64_t at_chunk = k / w.length * w.segment_chunks() + k % w.length / chunk, at = k % w.length % chunk;
+      const int8_t* quad = panel + at_chunk * panel_chunk + at / 4 * 64 + at % 4;
+      for (int n = 0; n < block_channels; n++) sums[n] += static_cast<uint32_t>(value * quad[n * 4]);
+    }
+  }
+
+  static void run(void* raw, int block) {
+    const auto& [p, output] = *static_cast<Convolution*>(raw);
+    const PackedHeader& w = p.weights;
+    std::vector<int8_t> panel(static_cast<size_t>(w.panel_bytes()));
+    decode_block(p.packed, w, block, panel.data());
+    const int64_t group = block / w.group_blocks, inside = block % w.group_blocks * block_channels;
+    const int64_t channels = std::min<int64_t>(block_channels, w.group_outputs - inside), first = group * w.group_outputs + inside;
+    int32_t colsum[block_channels];
+    std::memcpy(colsum, p.packed + w.sums + block * block_channels * 4, sizeof colsum);
+    const Epilogue epilogue{colsum, p.weight_scale + first, p.bias ? p.bias + first : nullptr, static_cast<int>(channels)};
+    for (int64_t row = 0; row < p.rows; row++) {
+      const int64_t x = row % p.out_width, y = row / p.out_width % p.out_height, image = row / p.out_width / p.out_height;
+      uint32_t sums[block_channels] = {};
+      static_cast<Convolution*>(raw)->add_taps(image, y, x, group, panel.data(), sums);
+      char* out = static_cast<char*>(output.data) + (row * output.pixel_stride + first) * size_of(output.dtype);
+      scalar_finish(reinterpret_cast<int32_t*>(sums), 0, epilogue, {1, p.zeros + image, p.scales + image, out, 0, output.dtype});
+    }
+  }
+};
+
+}  // namespace
+
 void scalar_product(const Run& run, const Problem& p, const Output& output) {
-  struct Context {
-    const Problem& p;
-    const Output& output;
-  } context{p, output};
-  run.parallel(
-      static_cast<int>(p.weights.blocks()), run.threads,
-      [](void* raw, int block) {
-        const auto& [p, output] = *static_cast<Context*>(raw);
-        const PackedHeader& w = p.weights;
-        const QuantizedHeader& q = p.inputs;
-        std::vector<int8_t> panel(static_cast<size_t>(w.panel_bytes()));
-        decode_block(p.packed, w, block, panel.data());
-        const int64_t group = block / w.group_blocks, inside = block % w.group_blocks * block_channels;
-        const int64_t channels = std::min<int64_t>(block_channels, w.group_outputs - inside),
-                      first = group * w.group_outputs + inside;
-        int32_t colsum[block_channels];
-        std::memcpy(colsum, p.packed + w.sums + block * block_channels * 4, sizeof colsum);
-        const Epilogue epilogue{colsum, p.weight_scale + first, p.bias ? p.bias + first : nullptr, static_cast<int>(channels)};
-        for (int64_t row = 0; row < p.rows; row++) {
-          const uint8_t* x = p.quantized + p.row_offset(row) + group * (w.layer.inputs / w.layer.groups);
-          uint32_t sums[block_channels] = {};
-          for (int64_t segment = 0; segment < w.segments; segment++) {
-            const uint8_t* from = x + segment_offset(w, q, segment);
-            for (int64_t k = 0; k < w.length; k++) {
-              const int8_t* quad =
-                  panel.data() + (segment * w.segment_chunks() + k / chunk) * panel_chunk + k % chunk / 4 * 64 + k % 4;
-              for (int64_t n = 0; n < channels; n++) sums[n] += static_cast<uint32_t>(from[k] * quad[n * 4]);
-            }
-          }
-          const int64_t image = row / (p.out_height * p.out_width);
-          char* out = static_cast<char*>(output.data) + (row * output.pixel_stride + first) * size_of(output.dtype);
-          const Rows one{1, p.zeros + image, p.scales + image, out, 0, output.dtype};
-          scalar_finish(reinterpret_cast<int32_t*>(sums), 0, epilogue, one);
-        }
-      },
-      &context);
+  Convolution convolution{p, output};
+  run.parallel(static_cast<int>(p.weights.blocks()), run.threads, Convolution::run, &convolution);
 }
 
 }  // namespace halfbyte

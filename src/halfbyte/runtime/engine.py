@@ -132,7 +132,7 @@ def pack(codes: Tensor, shifts: Tensor | None, sizes: Sequence[int], grid: str, 
         try:
             tiles = torch.empty(_engine.packed_bytes(sizes, grid, max_shift, subgroup), dtype=torch.uint8)
             stored = codes.contiguous(), None if shifts is None else shifts.contiguous()
-            _engine.pack(sizes, grid, max_shift, subgroup, *stored, tiles)
+            _engine.pack(sizes, grid, max_shift, subgroup, *stored, tiles, torch.get_num_threads())
         except ValueError as error:
             raise PackedError(f"the stored codes cannot be used: {error}") from error
     return tiles
