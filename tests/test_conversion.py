@@ -1,12 +1,14 @@
 """Recipes applied to modules: what compensation and smoothing buy, and what is said of layers they cannot help."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import halfbyte as hb
 from halfbyte.calibration import Call, collect
-from halfbyte.conversion import edges_of, pack, packed_layers, simulate, stored_bytes
+from halfbyte.conversion import edges_of, pack, packed_layers, sampled_layers, simulate, stored_bytes
 from halfbyte.errors import CalibrationError, ModelError
 from halfbyte.methods.smooth import scale_inputs
 from halfbyte.recipe import PRESETS, ActivationSpec, LayerSpec, Recipe, WeightSpec
@@ -59,6 +61,25 @@ def test_gptq_lowers_the_output_error_where_it_can_and_says_where_not(name):
         assert "rounded to nearest, as GPTQ has no Hessian" in report.reason
     else:
         assert better < 0.85 * nearest
+
+
+SEARCHED = PRESETS["msfp-w4a4"]
+JUDGED = {
+    "smoothed": (PLAIN.replace(smooth="search"), "not smoothed, as the output"),
+    "searched": (SEARCHED.replace(search=SEARCHED.search.replace(objective="output")), "chosen by the error of its input"),
+}
+
+
+@pytest.mark.parametrize(("recipe", "note"), JUDGED.values(), ids=JUDGED)
+def test_choices_by_the_output_need_rows_and_say_which_layers_have_none(recipe, note):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1), nn.ConvTranspose2d(8, 8, 2), nn.Conv2d(8, 4, 1))
+    calls = [Call((torch.randn(2, 4, 6, 6),), {})]
+    assert sampled_layers(model, recipe) == ["0", "1", "3"]
+    with pytest.raises(CalibrationError, match="by the error of its output; its statistics need `rows`"):
+        simulate(copy.deepcopy(model), recipe, collect(model, calls, "0123"))
+    result = simulate(model, recipe, collect(model, calls, "0123", rows=sampled_layers(model, recipe)))
+    assert [note in layer.reason for layer in result.layers] == [False, False, True, False]
 
 
 @pytest.mark.parametrize("name", ["linear", "conv", "grouped", "transposed"])

@@ -13,7 +13,7 @@ from torch import nn
 
 from halfbyte import checkpoint, conversion
 from halfbyte.calibration import DENOISERS, Call, InputStatistics, Progress, collect, find_denoiser, record_calls
-from halfbyte.conversion import Result, specs_of
+from halfbyte.conversion import Result, sampled_layers, specs_of
 from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, ModelError
 from halfbyte.hub import LayoutConfig, after_loading, before_loading, is_packed
 from halfbyte.layers import FakeQuant
@@ -103,8 +103,7 @@ def _statistics(
         calls = [_as_call(entry) for entry in calibration]
     specs = specs_of(module, recipe)
     hessians = [name for name, spec in specs.items() if spec.weight.rounding == "gptq"]
-    by_output = recipe.smooth == "search" or (recipe.search is not None and recipe.search.objective == "output")
-    rows = specs if by_output else ()
+    rows = sampled_layers(module, recipe)
     return collect(module, calls, specs, hessians, rows, seed, _stage(progress, "looking at the layers' inputs"))
 
 

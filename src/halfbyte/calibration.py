@@ -206,7 +206,7 @@ def contraction_rows(layer: Quantizable, x: Tensor) -> Tensor:
         CalibrationError: for transposed convolutions, whose output positions see different numbers of inputs.
     """
     if isinstance(layer, TRANSPOSED):
-        raise CalibrationError("transposed convolutions have no Hessian here; use rounding 'nearest' for them")
+        raise CalibrationError("transposed convolutions have no contraction rows here; leave them out of `hessians` and `rows`")
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
     taps = len(layer.kernel_size)

@@ -103,10 +103,16 @@ def decide_by(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], De
 
     def decide(name: str, layer: nn.Module) -> Decision:
         spec, reason = choose(name)
-        if spec is None or spec.weight.rounding != "gptq" or not isinstance(layer, TRANSPOSED):
+        if spec is None or not isinstance(layer, TRANSPOSED):
             return spec, reason
-        nearest = spec.replace(weight=spec.weight.replace(rounding="nearest"))
-        return nearest, f"{reason}; rounded to nearest, as GPTQ has no Hessian of a transposed convolution"
+        if spec.weight.rounding == "gptq":
+            spec = spec.replace(weight=spec.weight.replace(rounding="nearest"))
+            reason += "; rounded to nearest, as GPTQ has no Hessian of a transposed convolution"
+        if recipe.smooth == "search":
+            reason += "; not smoothed, as the output of a transposed convolution cannot be sampled row by row"
+        if recipe.search is not None and recipe.search.objective == "output":
+            reason += "; chosen by the error of its input, as the output of a transposed convolution cannot be sampled row by row"
+        return spec, reason
 
     return decide
 
@@ -116,6 +122,12 @@ def specs_of(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
     decide = decide_by(model, recipe)
     chosen = {name: decide(name, layer)[0] for name, layer in quantizable_layers(model).items()}
     return {name: spec for name, spec in chosen.items() if spec is not None}
+
+
+def sampled_layers(model: nn.Module, recipe: Recipe) -> list[str]:
+    """The layers whose contraction rows a recipe needs, to judge by the error of their outputs."""
+    layers = quantizable_layers(model)
+    return [name for name in specs_of(model, recipe) if not isinstance(layers[name], TRANSPOSED)] if recipe.by_output else []
 
 
 def simulate(
@@ -140,7 +152,7 @@ def simulate(
     layers = quantizable_layers(model)
     known = statistics or {}
     specs = specs_of(model, recipe)
-    _check_statistics(specs, recipe, known)
+    _check_statistics(model, specs, recipe, known)
     timesteps = _timesteps(known) if any(spec.over_time for spec in specs.values()) else []
     for name, layer in layers.items():
         check_finite(f"{name}.weight", layer.weight)
@@ -186,7 +198,10 @@ def _timesteps(statistics: Mapping[str, InputStatistics]) -> list[float]:
     return list(seen.pop())
 
 
-def _check_statistics(specs: Mapping[str, LayerSpec], recipe: Recipe, statistics: Mapping[str, InputStatistics]) -> None:
+def _check_statistics(
+    model: nn.Module, specs: Mapping[str, LayerSpec], recipe: Recipe, statistics: Mapping[str, InputStatistics]
+) -> None:
+    sampled = sampled_layers(model, recipe)
     for name, spec in specs.items():
         found, compensate = statistics.get(name), spec.weight.rounding == "gptq"
         if (recipe.smooth is not None or compensate) and (found is None or found.channel_absmax is None):
@@ -198,8 +213,8 @@ def _check_statistics(specs: Mapping[str, LayerSpec], recipe: Recipe, statistics
             raise CalibrationError(
                 f"recipe {recipe.name!r} calibrates the input of {name!r} and needs statistics; pass calibration="
             )
-        if recipe.smooth == "search" and found is not None and found.rows is None:
-            raise CalibrationError(f"recipe {recipe.name!r} searches how far to smooth {name!r}; its statistics need `rows`")
+        if recipe.by_output and name in sampled and (found is None or found.rows is None):
+            raise CalibrationError(f"recipe {recipe.name!r} judges {name!r} by the error of its output; its statistics need `rows`")
         if compensate and found is not None and found.hessian is None:
             raise CalibrationError(f"recipe {recipe.name!r} compensates {name!r}, whose statistics hold no Hessian; collect it too")
 
@@ -218,6 +233,8 @@ def make_fake_quant(
     Smoothing and the low-rank branch are taken from the weight of `layer`, on a copy of its own: others may share the weight.
     """
     input_scale = hessian = None
+    if smooth == "search" and isinstance(layer, TRANSPOSED):
+        smooth = None
     if smooth is not None and statistics is not None and statistics.channel_absmax is not None:
         found = partial(smooth_factors, statistics.channel_absmax, weight_absmax([layer]))
         if smooth == "search":

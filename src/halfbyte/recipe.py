@@ -322,6 +322,11 @@ class Recipe(_Fields):
     def needs_calibration(self) -> bool:
         return self.smooth is not None or any(spec.needs_calibration for spec in self._layer_specs())
 
+    @property
+    def by_output(self) -> bool:
+        """Whether something is chosen by the error of the layers' outputs, on a sample of their contraction rows."""
+        return self.smooth == "search" or (self.search is not None and self.search.objective == "output")
+
     def _layer_specs(self) -> list[LayerSpec]:
         """Every layer spec that the recipe may give to a layer; the searched ones by their grids."""
         specs = [self.inner, *([] if self.edge is None else [self.edge]), *(one.spec for one in self.overrides)]

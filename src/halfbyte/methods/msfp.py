@@ -104,7 +104,7 @@ def search_input(statistics: InputStatistics, names: Sequence[str], points: int,
     values = statistics.reservoir
     values = values[:: -(-len(values) // SAMPLE)]
     found = [input_candidates(values, get_grid(name), low, high, points).best(FINALISTS) for name in names]
-    if matrix is None or statistics.rows is None:
+    if matrix is None:
         return found
     return [_by_output(one, statistics.rows, matrix) for one in found]
 
@@ -134,7 +134,7 @@ def search_layer(spec: LayerSpec, matrix: Tensor, statistics: InputStatistics, s
     Returns:
         The spec with its grids, and what the search found.
     """
-    why, by_output = one_sided(statistics, search.skew), search.objective == "output"
+    why, by_output = one_sided(statistics, search.skew), search.objective == "output" and statistics.rows is not None
     names = [*search.signed_grids, *(search.unsigned_grids if why else ())]
     found = search_input(statistics, names, search.points, matrix if by_output else None)
     best = min(found, key=lambda one: float(one.error[0]))
