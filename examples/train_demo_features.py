@@ -12,13 +12,12 @@ import argparse
 import hashlib
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save
 from torch import Tensor
-from train_demo import load_images
+from train_demo import load_images, load_labels
 
 from halfbyte.demo.features import CLASSES, SIDE, DemoFeatures
 
@@ -27,8 +26,7 @@ SHIFT = 2  # pixels; also the width of the black border, so that rolling an imag
 
 def load_data(path: Path, device: str) -> tuple[Tensor, Tensor]:
     """Images as uint8 (n, 1, 32, 32) and labels as int64 (n,)."""
-    table = pq.read_table(path, columns=["label"])
-    labels = torch.from_numpy(table["label"].to_numpy().copy())
+    labels = load_labels(path)
     if labels.min() < 0 or labels.max() >= len(CLASSES):
         raise SystemExit(f"{path} has labels {labels.min()} to {labels.max()}; they must be 0 to {len(CLASSES) - 1}.")
     return load_images(path).to(device), labels.to(device)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -47,6 +48,27 @@ def test_training_runs_goes_on_and_leaves_a_pipeline(tmp_path, grey, width):
     with Image.open(tmp_path / "out" / "samples.png") as picture:
         assert picture.size == (512, 512)
     assert not (tmp_path / "out" / "checkpoint.new").exists()
+
+
+@pytest.mark.slow
+def test_a_transformer_is_trained_on_the_latents_of_an_autoencoder(tmp_path):
+    from diffusers import DiffusionPipeline
+
+    data = parquet(tmp_path / "data.parquet", grey=True)
+    options = ("--data", data, "--batch-size", 4, "--no-compile")
+    first = run("train_demo_autoencoder.py", *options, "--output", tmp_path / "autoencoder", "--steps", 2)
+    assert first.returncode == 0, first.stderr
+    options += ("--output", tmp_path / "out", "--autoencoder", tmp_path / "autoencoder", "--width", 64, "--float32")
+    for steps in (2, 3):
+        done = run("train_demo.py", *options, "--steps", steps)
+        assert done.returncode == 0, done.stderr
+    assert "continuing from step 2" in done.stdout
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / "model")
+    images = pipe([3, 13, 203], guidance_scale=3.0, num_inference_steps=2, output_type="np").images
+    assert images.shape == (3, 32, 32, 1)
+    table = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight
+    assert torch.equal(table[3], table[13])
+    assert not torch.equal(table[3], table[4])
 
 
 @pytest.mark.slow
