@@ -127,9 +127,10 @@ def compile_blocks(net: torch.nn.Module) -> None:
     Never the whole UNet: torch 2.13 on a CPU then gives every parameter below the first level a gradient of exactly zero, and says
     nothing (`docs/log.md`).
     """
+    torch._dynamo.config.recompile_limit = 64  # the blocks share one forward; each has shapes of its own
     for module in net.modules():
         if isinstance(module, (ResnetBlock2D, BasicTransformerBlock)):
-            module.compile()
+            module.compile(dynamic=False)
 
 
 def check_gradients(net: torch.nn.Module) -> None:
