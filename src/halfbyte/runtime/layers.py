@@ -18,7 +18,7 @@ from halfbyte.layers import FakeQuant, Quantizable, QuantizedLayer, adopt, follo
 from halfbyte.packing import pack_nibbles, unpack_nibbles
 from halfbyte.quantizers import QuantizedWeight, decode_weight
 from halfbyte.recipe import LayerSpec
-from halfbyte.runtime import cpu
+from halfbyte.runtime import cpu, gpu
 from halfbyte.runtime.backends import engine_plan
 from halfbyte.runtime.ops import quantized_forward
 from halfbyte.runtime.tiled import Tiled
@@ -60,6 +60,7 @@ class Packed(Tiled, QuantizedLayer):
     weight_scale: Tensor  # float32 (O, 1), the same for all sets
     weight_shift: Tensor | None  # uint8, nibbles (O, ceil(ceil(K / subgroup) / 2)), or (sets, ...)
     plan: cpu.Plan | str  # how the C++ engine runs this layer, or why it does not
+    gpu_plan: gpu.Plan | str  # likewise the GPU's
 
     @classmethod
     def empty(cls, layer: Quantizable, spec: LayerSpec, smoothed: bool = False, timesteps: int = 1) -> Any:
@@ -73,7 +74,7 @@ class Packed(Tiled, QuantizedLayer):
             raise PackedError(f"{spec.describe()} cannot be packed: {hindrance}; it exists for simulation (simulate=True)")
         made = adopt(cls, layer)  # type: ignore[arg-type]
         made.spec, made.bias = spec, layer.bias
-        made.plan = cpu.plan_for(made, spec)
+        made.plan, made.gpu_plan = cpu.plan_for(made, spec), gpu.plan_for(made, spec)
         for name in BUFFERS:
             made.register_buffer(name, None)
         made.register_buffer("weight_tiles", None, persistent=False)
@@ -130,6 +131,8 @@ class Packed(Tiled, QuantizedLayer):
             if plan is None:
                 activation = self.spec.activation
                 y = quantized_forward(self, scaled, self.levels(chosen), self.weight_scale, self.bias, activation, fixed)
+            elif isinstance(plan, gpu.Plan):
+                y = gpu.forward(layer, plan, scaled, chosen, fixed)
             else:
                 y = cpu.forward(layer, plan, scaled, chosen, fixed)
         return _NoBackward.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y
