@@ -77,6 +77,21 @@ def check_shapes(student: nn.Module, teacher: nn.Module) -> None:
             )
 
 
+def check_tables(student: nn.Module) -> None:
+    """Raises HealError unless every scale that should be calibrated is there, with an entry for each calibrated timestep."""
+    for name, layer in student.named_modules():
+        if not isinstance(layer, FakeQuant) or layer.spec.activation is None or layer.spec.activation.scale == "dynamic":
+            continue
+        kind, table = layer.spec.activation.scale, layer.activation_scale
+        entries = 1 if kind == "static" else 0 if layer.timestep is None else len(layer.timestep.calibrated)
+        if table is None or not entries or len(table) != entries:
+            wanted = f"{entries} entries" if entries else "an entry for each calibrated timestep, and no timestep is known"
+            found = "none" if table is None else len(table)
+            raise HealError(
+                f"the {kind} input scales of {name} need {wanted}, found {found}; quantize the whole model again, with calibration"
+            )
+
+
 def _has_weight(module: Any) -> bool:
     return isinstance(getattr(module, "weight", None), torch.Tensor)
 
