@@ -341,23 +341,26 @@ def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
 
 
 class _LearnedScale(torch.autograd.Function):
-    """`round_activation` under calibrated scales; its gradients are those of LSQ."""
+    """`round_activation` under calibrated scales; its gradients are those of LSQ.
+
+    Only x is kept, which a float layer would keep too; the backward pass rounds it again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, spec: ActivationSpec) -> Tensor:
-        rounded = round_activation(x, spec, FixedScale(scale, zero))
-        ctx.save_for_backward(x, rounded, scale, zero)
+        ctx.save_for_backward(x, scale, zero)
         ctx.spec = spec
-        return rounded
+        return round_activation(x, spec, FixedScale(scale, zero))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, rounded, scale, zero = ctx.saved_tensors
+        x, scale, zero = ctx.saved_tensors
         spec, size = ctx.spec, _rows_together(x)
         bottom = -spec.top if spec.max_shift and not spec.zero_point else get_grid(spec.grid).bottom
         of_x, of_scale = torch.empty_like(x), torch.empty_like(scale)
-        parts = (tensor.split(size) for tensor in (x, rounded, gradient, scale, zero, of_x, of_scale))
-        for values, found, above, step, offset, to_x, to_scale in zip(*parts, strict=True):
+        parts = (tensor.split(size) for tensor in (x, gradient, scale, zero, of_x, of_scale))
+        for values, above, step, offset, to_x, to_scale in zip(*parts, strict=True):
+            found = torch.mul(*_quantize_rows(values.float(), spec, FixedScale(step, offset)))
             units = values.float() * step.reciprocal().view(-1, 1, 1)
             inside = (units >= (bottom - offset).view(-1, 1, 1)) & (units <= (spec.top - offset).view(-1, 1, 1))
             torch.mul(above, inside, out=to_x)

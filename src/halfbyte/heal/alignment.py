@@ -4,7 +4,7 @@
     critical     the layers charged most for their size (`critical.py`), with the input scales of all layers but the temporal ones
     full         every quantized layer and all scales, in one stage: what selective tuning is compared with
 
-Weights and biases of both stages together stay within `share` of the model's parameters; where the layers of the time embedding
+Weights, biases and scales of both stages together stay within `share` of the model's parameters; where the layers of the time embedding
 alone would take more than two thirds of it (adaptive norms of transformers do), those charged least are left as they are.
 """
 
@@ -28,7 +28,7 @@ from halfbyte.heal.temporal import temporal_layers
 
 STAGES = ("temporal", "critical", "full")
 TEMPORAL_PART = 2 / 3  # of the share that the temporal layers may take
-TEMPORAL_TIME = 0.25  # of the run, where both stages are run
+TEMPORAL_TIME = 0.2  # of the run, where both stages are run
 CHARGED_BATCHES, CHARGED_BATCH = 8, 8  # states that layers are charged on
 
 
@@ -134,14 +134,15 @@ def plan(
     found = _charged(student, pipe, settings, prompts)
     energy = {name: charge.energy for name, charge in found.items()}
     timed = {name for name in temporal_layers(find_denoiser(pipe), calls[len(calls) // 2], calls[0]) if name in layers}
-    limit = selective.share * sum(parameter.numel() for parameter in find_denoiser(pipe).parameters())
+    calibrated = {name for name, layer in layers.items() if layer.activation_scale is not None and selective.scale_rate}
+    tables = parameters_of(layers, [Stage("all", (), tuple(calibrated))])
+    limit = selective.share * sum(parameter.numel() for parameter in find_denoiser(pipe).parameters()) - tables
     both = {"temporal", "critical"} <= {*selective.stages}
     temporal = _fitting(found, timed, limit * (TEMPORAL_PART if both else 1.0))
     used = sum(found[name].weights for name in temporal) if both else 0
     others = {name: charge for name, charge in found.items() if name not in timed}
     weights = {"temporal": temporal, "critical": worst_layers(others, limit - used), "full": list(layers)}
     scales = {"temporal": [*timed], "critical": [*others], "full": list(layers)}
-    calibrated = {name for name, layer in layers.items() if layer.activation_scale is not None and selective.scale_rate}
     stages = []
     for name in selective.stages:
         chosen = tuple(sorted(weights[name])), tuple(sorted({*scales[name]} & calibrated))

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from halfbyte.errors import HealError
 from halfbyte.heal.method import Method, mean_square
 from halfbyte.heal.states import Batch, prediction
 from halfbyte.heal.talora import replace
-from halfbyte.layers import FAKE_QUANT, FakeQuant, input_to_rows, rows_to_input, scale_input, weight_to_matrix
+from halfbyte.layers import FAKE_QUANT, FakeQuant, apply_layer, input_to_rows, rows_to_input, scale_input, weight_to_matrix
 from halfbyte.quantizers import round_learned, straight_through
 
 
@@ -51,7 +52,7 @@ class LossWeights:
 
     local_weight: float = 1.0
     global_weight: float = 2.0
-    scale_rate: float = 0.1  # relative change of a scale where a weight moves by one quantization step; 0: they stay as calibrated
+    scale_rate: float = 0.25  # relative change of a scale where a weight moves by one quantization step; 0: they stay as calibrated
 
     def __post_init__(self) -> None:
         for name in ("local_weight", "global_weight", "scale_rate"):
@@ -112,6 +113,33 @@ class SelectiveLayer(FakeQuant):
         rounded = round_learned(rows, *own, self.spec.activation)  # type: ignore[call-arg, arg-type]
         return rows_to_input(layer, rounded, x.shape).to(x.dtype)
 
+    def forward(self, x: Tensor) -> Tensor:
+        if self.held is None:
+            return super().forward(x)
+        rounded = self.rounded_input(x)
+        with _without(rounded):
+            return self.add_branch(apply_layer(self, rounded, self.held, self.bias), x)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _without(x: Tensor) -> saved_tensors_hooks:
+    """While entered, autograd keeps shape and strides of a tensor instead of the tensor.
+
+    torch keeps a convolution's input even where only the gradient of the input is asked for, which does not depend on it.
+    """
+    pointer, shape, strides, like = x.data_ptr(), x.shape, x.stride(), x.new_empty(0)  # x itself must not live on in here
+
+    def pack(saved: Tensor) -> Tensor | None:
+        return None if saved.data_ptr() == pointer and saved.shape == shape else saved
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        return like.new_empty_strided(shape, strides) if kept is None else kept
+
+    return saved_tensors_hooks(pack, unpack)
+
 
 KINDS: dict[type, type[SelectiveLayer]] = {
     kind: type(f"Selective{layer.__name__}", (SelectiveLayer, layer), {"__doc__": f"{layer.__name__} in which little is trained."})
@@ -137,7 +165,7 @@ class Selective(Method):
             kind = next(kind for kind in KINDS if isinstance(layer, kind))
             self.layers[name] = KINDS[kind].wrap(layer, name in stage.weights, name in stage.scales)
         replace(student, self.layers)
-        self.watched: dict[str, list[Tensor]] | None = None  # outputs of the trained layers, while a loss is computed
+        self.look: Callable[[str, Tensor], None] | None = None  # at the outputs of the trained layers, while a loss is computed
         self.handles: list[Any] = []
         if weights.local_weight:
             for model in (student, teacher):
@@ -145,8 +173,8 @@ class Selective(Method):
 
     def _watch(self, name: str) -> Callable[..., None]:
         def look(_: nn.Module, __: Any, output: Tensor) -> None:
-            if self.watched is not None:
-                self.watched.setdefault(name, []).append(output)
+            if self.look is not None:
+                self.look(name, output)
 
         return look
 
@@ -164,27 +192,32 @@ class Selective(Method):
         return {"name": self.name, **asdict(self.settings), "stage": self.stage.identity()}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        predicted, ours = self._run(model, batch)
-        losses = self.settings.global_weight * mean_square(prediction(predicted), batch.target)
-        if not self.handles:
-            return losses
-        with torch.no_grad(), torch.autocast(batch.target.device.type, enabled=False):
-            _, theirs = self._run(self.teacher, batch)
-        rows = len(batch.target)
-        for name, outputs in ours.items():
-            for found, exact in zip(outputs, theirs[name], strict=True):
-                error = mean_square(found.reshape(rows, -1), exact.reshape(rows, -1))
-                losses = losses + self.settings.local_weight / len(ours) / self.stage.energy[name] * error
-        return losses
+        rows, local = len(batch.target), batch.target.new_zeros(len(batch.target), dtype=torch.float32)
+        exact: dict[str, list[Tensor]] = {}
 
-    def _run(self, model: nn.Module, batch: Batch) -> tuple[Any, dict[str, list[Tensor]]]:
-        """What a model predicts, and what its watched layers put out."""
-        watched: dict[str, list[Tensor]] = {}
-        self.watched = watched
+        def keep(name: str, output: Tensor) -> None:
+            exact.setdefault(name, []).append(output)
+
+        def compare(name: str, output: Tensor) -> None:  # at once, so that the teacher's output need not be kept
+            nonlocal local
+            with saved_tensors_hooks(_same, _same):  # where a block is computed again, this is no part of it
+                error = mean_square(output.reshape(rows, -1), exact[name].pop(0).reshape(rows, -1))
+                local = local + error / self.stage.energy[name]
+
+        if self.handles:
+            with torch.no_grad(), torch.autocast(batch.target.device.type, enabled=False):
+                self._run(self.teacher, batch, keep)
+        predicted = self._run(model, batch, compare if self.handles else None)
+        losses = self.settings.global_weight * mean_square(predicted, batch.target)
+        return losses + self.settings.local_weight / max(1, len(self.stage.weights)) * local
+
+    def _run(self, model: nn.Module, batch: Batch, look: Callable[[str, Tensor], None] | None) -> Tensor:
+        """What a model predicts; `look` is shown what its trained layers put out."""
+        self.look = look
         try:
-            return model(*batch.args, **batch.kwargs), watched
+            return prediction(model(*batch.args, **batch.kwargs))
         finally:
-            self.watched = None
+            self.look = None
 
     def remove(self) -> None:
         """Take the layers out again; the student is as it came."""

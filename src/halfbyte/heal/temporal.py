@@ -15,7 +15,7 @@ from halfbyte.timestep import timestep_argument
 
 
 def temporal_layers(denoiser: nn.Module, call: Call, other: Call) -> list[str]:
-    """The Linear and convolution layers whose input depends on the timestep and not on the sample, by name.
+    """The Linear and convolution layers whose input depends on the timestep and not on the sample nor on tokens of text, by name.
 
     These are the layers of the time embedding and the projections of it into the blocks. Class labels and pooled text may be mixed
     into their input.
@@ -34,6 +34,9 @@ def temporal_layers(denoiser: nn.Module, call: Call, other: Call) -> list[str]:
 def traced_layers(denoiser: nn.Module, call: Call, other: Call) -> list[str]:
     """As `temporal_layers`, without the table of architectures: three forward passes are compared bit for bit.
 
+    One as it was, one with another sample (the first float argument) and other tokens (float arguments of more than two axes), one
+    at another timestep.
+
     Raises:
         HealError: when the two calls have the same timestep, or no argument is the sample.
     """
@@ -43,12 +46,15 @@ def traced_layers(denoiser: nn.Module, call: Call, other: Call) -> list[str]:
         raise HealError("the layers of the time embedding are found from calls at two timesteps; both are the same")
     parameters = list(inspect.signature(denoiser.forward).parameters)
     given = {key: _argument(call, key, place) for place, key in enumerate(parameters) if key != name}
-    sample = next((key for key, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()), None)
-    if sample is None:
+    content = [key for key, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    if not content:
         raise HealError(f"{type(denoiser).__name__} is given no sample: none of {', '.join(given)} is a float tensor")
-    noise = torch.randn(given[sample].shape, generator=torch.Generator().manual_seed(0)).to(given[sample])
+    elsewhere = call
+    for key in [content[0], *(key for key in content[1:] if given[key].ndim > 2)]:
+        noise = torch.rand(given[key].shape, generator=torch.Generator().manual_seed(0)).to(given[key])
+        elsewhere = _with(elsewhere, key, parameters.index(key), noise)
     inputs = _inputs(denoiser, call)
-    moved = _inputs(denoiser, _with(call, sample, parameters.index(sample), noise), inputs)
+    moved = _inputs(denoiser, elsewhere, inputs)
     timed = _inputs(denoiser, _with(call, name, position, later), inputs)
     return [layer for layer in inputs if not moved[layer] and timed[layer]]
 
