@@ -21,4 +21,4 @@ ROWS = {
 }
 
 if __name__ == "__main__":
-    main(__doc__, {"components": ROWS}, "healing.json")
+    main(__doc__, {"components": ROWS}, "healing.json", smoke=("mixed signs, not healed", "+ DFA"))

@@ -13,9 +13,19 @@ trained. Runs that are in the output file already are not made again.
 
 import re
 
+from rich.console import Console
+from rich.table import Table
+
 from halfbyte import demo
-from halfbyte.bench.ablation import Row, main
+from halfbyte.api import quantize
+from halfbyte.bench.ablation import Effort, Row, main
+from halfbyte.calibration import record_calls
 from halfbyte.conversion import quantizable_layers
+from halfbyte.heal.alignment import SelectiveSettings, plan
+from halfbyte.heal.memory import step_peaks
+from halfbyte.heal.selective import Selective, parameters_of
+from halfbyte.heal.settings import Settings
+from halfbyte.heal.states import PoolSettings, StatePool
 from halfbyte.recipe import Recipe, get_recipe
 from halfbyte.targets import TARGETS
 
@@ -58,5 +68,27 @@ def temporal_rows() -> dict[str, Row]:
     return rows
 
 
+def memory(effort: Effort) -> Table:
+    """Peaks of a step of each stage, beside the float model's; the bar is 1.6."""
+    pipe, student = demo.load_pipeline(), demo.load_pipeline()
+    quantize(student, "quest-w4a4", effort.calibrate, steps=effort.sampler_steps, simulate=True)
+    calls = record_calls(pipe, 1, effort.sampler_steps)
+    settings = Settings(steps=1, batch=effort.batch, sampler_steps=effort.sampler_steps)
+    batch = StatePool(pipe, PoolSettings(effort.batch, effort.sampler_steps), range(effort.batch)).batch(0)
+    table = Table("stage", "trained %", "healing MB", "float MB", "ratio", title=f"peak memory of a step of {effort.batch}")
+    total = sum(parameter.numel() for parameter in pipe.unet.parameters())
+    for names in (("temporal", "critical"), ("full",)):
+        selective = SelectiveSettings(stages=names)
+        for stage in plan(student.unet, pipe, settings, selective, calls):
+            method = Selective(student.unet, pipe.unet, stage, selective)
+            healing, plain = step_peaks(method, student.unet, pipe.unet, batch)
+            share = 100 * parameters_of(method.before, [stage]) / total
+            table.add_row(stage.name, f"{share:.2f}", f"{healing / 1e6:.0f}", f"{plain / 1e6:.0f}", f"{healing / plain:.2f}")
+            method.remove()
+    return table
+
+
 if __name__ == "__main__":
-    main(__doc__, {"components": COMPONENTS, "temporal": temporal_rows()}, "quest.json")
+    smoke = ("not healed", "+ global loss", "all layers, same time", "quest-w4a8, only the time embedding + stage 1")
+    effort = main(__doc__, {"components": COMPONENTS, "temporal": temporal_rows()}, "quest.json", smoke)
+    Console(width=140).print(memory(effort))

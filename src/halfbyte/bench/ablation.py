@@ -23,7 +23,7 @@ from halfbyte.checkpoint import read_json, write_file
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import States, float_states, prediction_sqnr, sample_images
 from halfbyte.heal.verb import heal
-from halfbyte.metrics import psnr, spread
+from halfbyte.metrics import psnr
 from halfbyte.recipe import Recipe, get_recipe
 
 COLUMNS = {  # heading -> (entry of a run, digits)
@@ -73,7 +73,7 @@ def run_row(row: Row, seed: int, effort: Effort, states: States, reference: Tens
     found: Run = {}
     if row.healing is not None:
         started = time.perf_counter()
-        end = {"steps": effort.steps} if seconds is None else {"minutes": seconds / 60}
+        end: dict[str, float] = {"steps": effort.steps} if seconds is None else {"minutes": seconds / 60}
         settings = {"batch": effort.batch, "sampler_steps": effort.sampler_steps, "seed": seed, **end, **row.healing}
         result = heal(student, teacher, **settings)
         found = {"steps": result.log[-1]["step"], "training": result.log[-1]["seconds"], "share": 100 * result.share}
@@ -81,7 +81,7 @@ def run_row(row: Row, seed: int, effort: Effort, states: States, reference: Tens
     pack_model(student.unet)
     made = sample_images(student, effort.images, effort.sampler_steps, seed=0)
     found |= {"frechet": demo.frechet_to_real(made), "sqnr": prediction_sqnr(student.unet, states)[0]}
-    return {**found, "psnr": spread(psnr(reference, made))["mean"]}
+    return {**found, "psnr": float(psnr(reference, made).mean())}
 
 
 def run_table(
@@ -142,11 +142,13 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def main(about: str | None, tables: Mapping[str, Mapping[str, Row]], output: str) -> None:
+def main(about: str | None, tables: Mapping[str, Mapping[str, Row]], output: str, smoke: Sequence[str]) -> Effort:
     """The command line of a bench: run tables of rows, and print them.
 
     Args:
-        about: its docstring. tables: by title. output: the default file of the runs.
+        about: its docstring. tables: by title. output: the default file of the runs. smoke: the rows of a tiny run.
+    Returns:
+        What was asked for.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in vars(Effort()).items():
@@ -161,5 +163,7 @@ def main(about: str | None, tables: Mapping[str, Mapping[str, Row]], output: str
     title = f"{effort.steps} steps of {effort.batch}, {len(seeds)} seeds, {effort.images} images of {effort.sampler_steps} steps"
     console = Console()
     for name in options.table:
-        found = run_table(tables[name], seeds, effort, None if options.smoke else options.output)
+        rows = {key: row for key, row in tables[name].items() if key in smoke or not options.smoke}
+        found = run_table(rows, seeds, effort, None if options.smoke else options.output)
         (console if console.is_terminal else Console(width=140)).print(table(f"{name}: {title}", tables[name], found))
+    return effort

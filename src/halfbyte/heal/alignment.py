@@ -4,8 +4,8 @@
     critical     the layers charged most for their size (`critical.py`), with the input scales of all layers but the temporal ones
     full         every quantized layer and all scales, in one stage: what selective tuning is compared with
 
-Weights, biases and scales of both stages together stay within `share` of the model's parameters; where the layers of the time embedding
-alone would take more than two thirds of it (adaptive norms of transformers do), those charged least are left as they are.
+Weights, biases and scales of both stages together stay within `share` of the model's parameters; where the layers of the time
+embedding alone would take more than two thirds of it (adaptive norms of transformers do), those charged least are left as they are.
 """
 
 import os
