@@ -193,6 +193,7 @@ def test_refusals(student, pipe):
         ),
         (student, {"stages": "all"}, "stages must be one or several of 'critical', 'full', 'temporal', got 'all'"),
         (student, {"stages": ()}, "got none"),
+        (student, {"stages": ["critical", "full"]}, "the stage 'full' trains all there is; give it alone"),
         (student, {"share": 1.5}, "share must be 0 to 1, got 1.5"),
         (student, {"share": 0, "scale_rate": 0}, "the stage 'temporal' has nothing to train"),
         (student, {"dfa": "ddpm"}, "quest has no denoising factors"),

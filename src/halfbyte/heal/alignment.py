@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from halfbyte.calibration import Call, find_denoiser
-from halfbyte.errors import DivergedError, HealError, listed
+from halfbyte.errors import DivergedError, HealError, StoppedError, listed
 from halfbyte.heal.critical import Charge, charges, worst_layers
 from halfbyte.heal.distill import TICKS, Progress, distill
 from halfbyte.heal.selective import LossWeights, Selective, Stage, parameters_of, quantized_layers
@@ -47,6 +47,8 @@ class SelectiveSettings(LossWeights):
         object.__setattr__(self, "stages", (self.stages,) if isinstance(self.stages, str) else tuple(self.stages))
         if not self.stages or len({*self.stages}) < len(self.stages) or not {*self.stages} <= {*STAGES}:
             raise HealError(f"stages must be one or several of {listed(STAGES)}, got {listed(self.stages) or 'none'}")
+        if "full" in self.stages and len(self.stages) > 1:
+            raise HealError("the stage 'full' trains all there is; give it alone")
         if not 0 <= self.share <= 1:
             raise HealError(f"share must be 0 to 1, got {self.share!r}")
         super().__post_init__()
@@ -80,6 +82,7 @@ def align(
         calls: of the teacher, along one trajectory.
     """
     from accelerate import PartialState
+    from accelerate.utils import gather_object
 
     layers = quantized_layers(student)
     pipe.to(PartialState().device)
@@ -102,6 +105,9 @@ def align(
                 identity=identity,
                 progress=None if progress is None else partial(_report, progress, stage, number, len(stages)),
             )
+            late = max(gather_object([log.signal]))
+            if late and stage is not stages[-1]:
+                raise StoppedError(f"stopped after the {stage.name} stage; continue with resume (--resume)", late)
         except DivergedError:
             method.melt()  # the student keeps the last good state
             raise
@@ -171,12 +177,17 @@ def _fitting(found: Mapping[str, Charge], names: set[str], limit: float) -> list
 
 
 def _part(settings: Settings, stage: Stage, stages: Sequence[Stage]) -> Settings:
-    """The settings of one stage: its part of the steps and minutes."""
+    """The settings of one stage: its part of the steps and minutes, where there are several."""
     if len(stages) == 1:
         return settings
-    part = TEMPORAL_TIME if stage.name == "temporal" else 1 - TEMPORAL_TIME
-    steps = None if settings.steps is None else max(1, round(settings.steps * part))
-    return replace(settings, steps=steps, minutes=None if settings.minutes is None else settings.minutes * part)
+    temporal = stage.name == "temporal"
+    steps, minutes = settings.steps, settings.minutes
+    if steps is not None:
+        early = max(1, round(TEMPORAL_TIME * steps))
+        steps = early if temporal else max(1, steps - early)
+    if minutes is not None:
+        minutes *= TEMPORAL_TIME if temporal else 1 - TEMPORAL_TIME
+    return replace(settings, steps=steps, minutes=minutes)
 
 
 def _report(progress: Progress, stage: Stage, number: int, count: int, what: str, done: int, total: int) -> None:
