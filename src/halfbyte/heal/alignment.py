@@ -9,7 +9,8 @@ embedding alone would take more than two thirds of it (adaptive norms of transfo
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,36 +90,48 @@ def align(
     student.to(PartialState().device)
     stages = plan(student, pipe, settings, selective, calls, prompts)
     share = parameters_of(layers, stages) / sum(parameter.numel() for parameter in find_denoiser(pipe).parameters())
-    kept = {name: (layer.weight, layer.bias, layer.activation_scale) for name, layer in layers.items()}
     rows: list[dict[str, Any]] = []
-    for number, stage in enumerate(stages):
-        method = Selective(student, find_denoiser(pipe), stage, selective)
-        try:
-            log = distill(
-                student,
-                pipe,
-                method,
-                _part(settings, stage, stages),
-                prompts=prompts,
-                folder=None if folder is None else Path(folder) / stage.name,
-                resume=resume,
-                identity=identity,
-                progress=None if progress is None else partial(_report, progress, stage, number, len(stages)),
-            )
-            late = max(gather_object([log.signal]))
+    with _as_it_came(layers):
+        for number, stage in enumerate(stages):
+            method = Selective(student, find_denoiser(pipe), stage, selective)
+            try:
+                log = distill(
+                    student,
+                    pipe,
+                    method,
+                    _part(settings, stage, stages),
+                    prompts=prompts,
+                    folder=None if folder is None else Path(folder) / stage.name,
+                    resume=resume,
+                    identity=identity,
+                    progress=None if progress is None else partial(_report, progress, stage, number, len(stages)),
+                )
+            except DivergedError:
+                method.melt()  # the student keeps the last good state
+                raise
+            except BaseException:
+                method.remove()
+                raise
+            method.melt()
+            rows += _follow(rows[-1] if rows else None, log.rows, stage)
+            late = max(gather_object([log.signal]))  # it came with the stage's last step
             if late and stage is not stages[-1]:
                 raise StoppedError(f"stopped after the {stage.name} stage; continue with resume (--resume)", late)
-        except DivergedError:
-            method.melt()  # the student keeps the last good state
-            raise
-        except BaseException:
-            method.remove()  # the student is as it came, so that the same call with resume can go on
-            for name, layer in layers.items():
-                layer.weight, layer.bias, layer.activation_scale = kept[name]
-            raise
-        method.melt()
-        rows += _follow(rows[-1] if rows else None, log.rows, stage)
     return Alignment(rows, stages, share)
+
+
+@contextmanager
+def _as_it_came(layers: Mapping[str, Any]) -> Iterator[None]:
+    """Take back what was learned where a run does not end, so that the same call with resume can go on; not where it diverged."""
+    kept = {name: (layer.weight, layer.bias, layer.activation_scale) for name, layer in layers.items()}
+    try:
+        yield
+    except DivergedError:
+        raise
+    except BaseException:
+        for name, layer in layers.items():
+            layer.weight, layer.bias, layer.activation_scale = kept[name]
+        raise
 
 
 def plan(
