@@ -4,11 +4,12 @@
     python bench/quest.py --table components --steps 1500 --seeds 0 1 -o quest.json
     python bench/quest.py --table temporal
 
-`components` adds temporal alignment, critical modules and the global loss one after the other, and gives all layers, and TALoRA, the
-same time. In arXiv 2402.03666 (LSUN-Bedrooms, W4A8, FID) AdaRound alone has 6.95, temporal alignment with the global loss 4.41, all 3.26. `temporal` quantizes the path of the time embedding alone, and
-everything but it (the paper's property 1, LDM-4), and heals with stage 1. Published distances are of another data set and in other
-features than ours; compare how rows follow each other. Then memory of a step, beside that of the float model with the same weights
-trained. Runs that are in the output file already are not made again.
+`components` adds temporal alignment, critical modules and the global loss one after the other, and gives all layers, and TALoRA,
+the same time. In arXiv 2402.03666 (LSUN-Bedrooms, W4A8, FID) AdaRound alone has 6.95, with temporal alignment (and the global loss)
+4.41, with both stages 3.26. `temporal` quantizes the path of the time embedding alone, and everything but it (the paper's property
+1, LDM-4), and heals with stage 1. Published distances are of another data set and in other features than ours; compare how rows
+follow each other. Then memory of a step, beside that of the float model with the same weights trained. Runs that are in the output
+file already are not made again.
 """
 
 import re
@@ -39,9 +40,9 @@ COMPONENTS = {
     "+ global loss": Row("quest-w4a4", {"method": "quest"}, "3.26"),
     "global loss alone": Row("quest-w4a4", {"method": "quest", "local_weight": 0.0}),
     "all layers, same time": Row(
-        "quest-w4a4", {"method": "quest", "stages": "full", "local_weight": 0.0}, "", as_long_as="+ global loss"
+        "quest-w4a4", {"method": "quest", "stages": "full", "local_weight": 0.0}, as_long_as="+ global loss"
     ),
-    "TALoRA, same time": Row("quest-w4a4", {"method": "talora"}, "", as_long_as="+ global loss"),
+    "TALoRA, same time": Row("quest-w4a4", {"method": "talora"}, as_long_as="+ global loss"),
 }
 
 
