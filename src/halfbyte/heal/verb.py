@@ -109,7 +109,8 @@ def _heal_talora(job: Job) -> HealResult:
     scheduler, steps = job.teacher.scheduler, job.settings.sampler_steps
     gamma = None if job.dfa == "off" else gamma_at(scheduler, job.dfa, steps, timesteps, job.seen)
     talora = TALoRA(model, timesteps, job.own, gamma, job.settings.seed)
-    trained = sum(dict(model.named_parameters())[name].numel() for name in talora.trained())
+    known = dict(model.named_parameters())
+    trained = sum(known[name].numel() for name in talora.trained())
     share = trained / sum(parameter.numel() for parameter in find_denoiser(job.teacher).parameters())
     try:
         log = distill(model, job.teacher, talora, job.settings, **job.run)
