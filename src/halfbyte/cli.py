@@ -213,14 +213,29 @@ def heal(
     model: Annotated[Path, typer.Argument(help="Folder that `halfbyte quantize` wrote.")],
     teacher: Annotated[Path, typer.Option(help="The float model it was made from: a folder, or a name on the Hub.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the healed pipeline.")],
-    method: Annotated[str, typer.Option(help="talora: several LoRAs a layer, chosen by timestep; lora: one.")] = "talora",
+    method: Annotated[
+        str, typer.Option(help="talora: several LoRAs a layer, chosen by timestep; lora: one; quest: few layers, and input scales.")
+    ] = "talora",
     minutes: Annotated[float | None, typer.Option(help="End after this much training.  [default: 15, without --steps]")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="End after these optimizer steps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped, with the same options.")] = False,
-    loras: Annotated[int, typer.Option(min=1, max=255, help="LoRAs a layer.")] = 2,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of each LoRA.")] = 16,
-    routing: Annotated[str, typer.Option(help="router: learned; split: equal parts of the timesteps.")] = "router",
-    dfa: Annotated[str, typer.Option(help="Weigh the loss by denoising factors: auto, ddpm, ddim, flow or off.")] = "auto",
+    loras: Annotated[int | None, typer.Option(min=1, max=255, help="talora: LoRAs a layer.  [default: 2]")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="talora, lora: rank of each LoRA.  [default: 16]")] = None,
+    routing: Annotated[
+        str | None, typer.Option(help="talora: router: learned; split: equal parts of the timesteps.  [default: router]")
+    ] = None,
+    dfa: Annotated[
+        str | None,
+        typer.Option(help="talora, lora: weigh the loss by denoising factors: auto, ddpm, ddim, flow or off.  [default: auto]"),
+    ] = None,
+    stages: Annotated[
+        list[str] | None, typer.Option(help="quest: temporal, critical or full; may be repeated.  [default: temporal, critical]")
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="quest: most of the parameters that may be trained.  [default: 0.07]")
+    ] = None,
+    local_weight: Annotated[float | None, typer.Option(help="quest: of the trained layers' errors.  [default: 1]")] = None,
+    global_weight: Annotated[float | None, typer.Option(help="quest: of the prediction's error.  [default: 2]")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples of an optimizer step, over all processes.")] = 32,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts that a process takes its share in, to save memory.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="At its peak, in quantization steps.")] = 2e-2,
@@ -234,6 +249,8 @@ def heal(
     """Win back quality by a short fine-tune against the float model; no data needed."""
     from halfbyte.heal.command import heal_folder
 
+    own: dict[str, object] = {"loras": loras, "rank": rank, "routing": routing, "stages": stages}
+    own |= {"share": share, "local_weight": local_weight, "global_weight": global_weight}
     with progress() as report:
         summary = heal_folder(
             model,
@@ -245,9 +262,6 @@ def heal(
             minutes=15.0 if minutes is None and steps is None else minutes,
             steps=steps,
             resume=resume,
-            loras=loras,
-            rank=rank,
-            routing=routing,
             dfa=dfa,
             batch=batch,
             accumulate=accumulate,
@@ -257,6 +271,7 @@ def heal(
             ema=ema,
             recompute=recompute,
             seed=seed,
+            **{name: value for name, value in own.items() if value is not None},  # those of another method are refused
         )
     if summary:
         typer.echo(summary)

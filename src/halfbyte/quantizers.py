@@ -5,6 +5,8 @@ them (`round_with_shifts`), and look at a whole weight or activation through its
 Both the trainable and the packed layers call these same functions, which is why they agree to the last code.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,15 +237,22 @@ def decode_weight(codes: Tensor, shift: Tensor | None, spec: WeightSpec) -> Tens
 class FixedScale:
     """A calibrated scale and zero point of an input: value = scale * (level - zero).
 
-    scale: float32 (); zero: integers of any dtype (), 0 for signed grids. (T,) in the layers, one entry a calibrated timestep.
+    scale: float32 (), or (r,), one for each row; zero: integers of any dtype, shaped alike, 0 for signed grids. (T,) in the layers,
+    one entry a calibrated timestep.
     """
 
     scale: Tensor
     zero: Tensor
 
-    def at(self, row: int) -> "FixedScale":
-        """The entry of one timestep; the only one where there is one for all."""
-        return FixedScale(self.scale[row], self.zero[row])
+    def at(self, entry: int | Tensor) -> "FixedScale":
+        """The entry of one timestep; or, int64 (r,), of the timestep of each row."""
+        return FixedScale(self.scale[entry], self.zero[entry])
+
+    def split(self, size: int) -> Iterator["FixedScale"]:
+        """For every `size` rows what serves them; without end where one entry serves all."""
+        if not self.scale.ndim:
+            return itertools.repeat(self)
+        return map(FixedScale, self.scale.split(size), self.zero.split(size))
 
 
 def quantize_activation(x: Tensor, spec: ActivationSpec, fixed: FixedScale | None = None) -> tuple[Tensor, Tensor]:
@@ -258,7 +267,7 @@ def quantize_activation(x: Tensor, spec: ActivationSpec, fixed: FixedScale | Non
     """
     if x.numel() == 0:
         return x.float(), torch.ones(len(x), 1, 1, device=x.device)
-    parts = [_quantize_rows(part.float(), spec, fixed) for part in x.split(_rows_together(x))]
+    parts = [_quantize_rows(part.float(), spec, own) for part, own in _parts(x, fixed)]
     integers, scales = zip(*parts, strict=True)
     return (integers[0], scales[0]) if len(parts) == 1 else (torch.cat(integers), torch.cat(scales))
 
@@ -271,10 +280,15 @@ def round_activation(x: Tensor, spec: ActivationSpec, fixed: FixedScale | None =
     """
     rounded = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if x.numel():
-        step = _rows_together(x)
-        for part, out in zip(x.split(step), rounded.split(step), strict=True):
-            torch.mul(*_quantize_rows(part.float(), spec, fixed), out=out)
+        for (part, own), out in zip(_parts(x, fixed), rounded.split(_rows_together(x)), strict=True):
+            torch.mul(*_quantize_rows(part.float(), spec, own), out=out)
     return rounded
+
+
+def _parts(x: Tensor, fixed: FixedScale | None) -> Iterator[tuple[Tensor, FixedScale | None]]:
+    """Rows that are handled together, with their calibrated scales."""
+    size = _rows_together(x)
+    return zip(x.split(size), itertools.repeat(None) if fixed is None else fixed.split(size), strict=False)
 
 
 def _rows_together(x: Tensor) -> int:
@@ -287,7 +301,7 @@ def _quantize_rows(values: Tensor, spec: ActivationSpec, fixed: FixedScale | Non
     shape, zero = (rows, pixels if spec.group else 1, -1), None
     if fixed is not None:
         scale = torch.where(flat.abs().amax(-1).isfinite(), fixed.scale, torch.nan)
-        zero = fixed.zero.float() if spec.zero_point else None
+        zero = fixed.zero.float().reshape(-1, 1, 1) if spec.zero_point else None
     elif spec.zero_point:
         scale, zero = minmax_scale(flat, spec.top)
         zero = spread(zero.view(shape), channels, spec.group)
@@ -324,3 +338,48 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
     """`rounded` as a value, `exact` as far as gradients are concerned (Bengio et al. 2013)."""
     return _StraightThrough.apply(exact, rounded)  # type: ignore[no-any-return]
+
+
+class _LearnedScale(torch.autograd.Function):
+    """`round_activation` under calibrated scales; its gradients are those of LSQ.
+
+    Only x is kept, which a float layer would keep too; the backward pass rounds it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, spec: ActivationSpec) -> Tensor:
+        ctx.save_for_backward(x, scale, zero)
+        ctx.spec = spec
+        return round_activation(x, spec, FixedScale(scale, zero))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero = ctx.saved_tensors
+        spec, size = ctx.spec, _rows_together(x)
+        bottom = -spec.top if spec.max_shift and not spec.zero_point else get_grid(spec.grid).bottom
+        of_x, of_scale = torch.empty_like(x), torch.empty_like(scale)
+        parts = (tensor.split(size) for tensor in (x, gradient, scale, zero, of_x, of_scale))
+        for values, above, step, offset, to_x, to_scale in zip(*parts, strict=True):
+            found = torch.mul(*_quantize_rows(values.float(), spec, FixedScale(step, offset)))
+            units = values.float() * step.reciprocal().view(-1, 1, 1)
+            inside = (units >= (bottom - offset).view(-1, 1, 1)) & (units <= (spec.top - offset).view(-1, 1, 1))
+            torch.mul(above, inside, out=to_x)
+            slope = (found - values * inside).mul_(above)
+            to_scale.copy_(slope.sum((1, 2)) / step)
+        return of_x, of_scale, None, None
+
+
+def round_learned(x: Tensor, scale: Tensor, zero: Tensor, spec: ActivationSpec) -> Tensor:
+    """`round_activation` whose scales can be learned (LSQ, Esser et al. 2020, eq. 3).
+
+    The gradient of x passes where x lies on the grid's range and stops where it is cut off. That of a scale is level - x / scale
+    inside the range, the level itself outside.
+
+    Args:
+        x: any float dtype (r, p, c).
+        scale: float32 (r,). zero: integers of any dtype (r,), 0 for signed grids.
+        spec: without channel groups.
+    Returns:
+        float32, shaped as x; the bits of `round_activation`.
+    """
+    return _LearnedScale.apply(x, scale, zero, spec)  # type: ignore[no-any-return]

@@ -1,4 +1,5 @@
-"""What is known of architectures by class name: which layers are its edges, which read the output of a SiLU or GELU.
+"""What is known of architectures by class name: which layers are its edges, which read the output of a SiLU or GELU, which carry
+the timestep.
 
 Patterns are regular expressions searched in the dotted layer name. A class that is not listed falls back to order: its first and
 last layer are the edges (see `conversion`).
@@ -14,12 +15,16 @@ class Target:
 
     edges: tuple[str, ...]  # first and last layers, held at 8 bits
     after_silu: tuple[str, ...] = ()  # inputs are one-sided: outputs of SiLU or GELU
+    temporal: tuple[str, ...] = ()  # inputs depend on the timestep and not on the sample; empty: not known
 
     def is_edge(self, name: str) -> bool:
         return _matches(self.edges, name)
 
     def is_after_silu(self, name: str) -> bool:
         return _matches(self.after_silu, name)
+
+    def is_temporal(self, name: str) -> bool:
+        return _matches(self.temporal, name)
 
 
 def _matches(patterns: tuple[str, ...], name: str) -> bool:
@@ -30,29 +35,36 @@ _RESNET = (r"resnets\.\d+\.(conv1|conv2|time_emb_proj)$", r"(time|add)_embedding
 _EMBEDDERS = (r"(timestep|text|guidance)_embedder\.linear_2$",)
 _GELU_FEED_FORWARD = (r"\.ff(_context)?\.net\.2$",)
 
-UNET = Target(edges=(r"^conv_in$", r"^conv_out$"), after_silu=_RESNET)
+_TIMESTEP = (r"(^|\.)timestep_embedder\.",)
+
+UNET = Target(edges=(r"^conv_in$", r"^conv_out$"), after_silu=_RESNET, temporal=(r"^time_embedding\.", r"\.time_emb_proj$"))
 TARGETS: dict[str, Target] = {
     "UNet2DModel": UNET,  # DDPM, LDM
     "UNet2DConditionModel": UNET,  # SD 1.x, 2.x, SDXL; its feed-forwards are GEGLU, whose product is two-sided
     "DiTTransformer2DModel": Target(
         edges=(r"^pos_embed\.proj$", r"^proj_out_2$"),
         after_silu=(*_EMBEDDERS, *_GELU_FEED_FORWARD, r"norm1\.linear$", r"^proj_out_1$"),
+        temporal=(*_TIMESTEP, r"norm1\.linear$", r"^proj_out_1$"),
     ),
     "PixArtTransformer2DModel": Target(
         edges=(r"^pos_embed\.proj$", r"^proj_out$"),
         after_silu=(*_EMBEDDERS, *_GELU_FEED_FORWARD, r"^adaln_single\.linear$", r"^caption_projection\.linear_2$"),
+        temporal=(*_TIMESTEP, r"^adaln_single\.linear$"),
     ),
     "SanaTransformer2DModel": Target(  # its feed-forward is a gated convolution; only the depthwise layer reads a plain SiLU
         edges=(r"^patch_embed\.proj$", r"^proj_out$"),
         after_silu=(*_EMBEDDERS, r"^time_embed\.linear$", r"^caption_projection\.linear_2$", r"\.ff\.conv_depth$"),
+        temporal=(*_TIMESTEP, r"^time_embed\.linear$"),
     ),
     "SD3Transformer2DModel": Target(
         edges=(r"^pos_embed\.proj$", r"^context_embedder$", r"^proj_out$"),
         after_silu=(*_EMBEDDERS, *_GELU_FEED_FORWARD, r"norm1(_context)?\.linear$", r"^norm_out\.linear$"),
+        temporal=(*_TIMESTEP, r"norm1(_context)?\.linear$", r"^norm_out\.linear$"),
     ),
     "FluxTransformer2DModel": Target(  # single blocks join attention and GELU before proj_out: two-sided
         edges=(r"^x_embedder$", r"^context_embedder$", r"^proj_out$"),
         after_silu=(*_EMBEDDERS, *_GELU_FEED_FORWARD, r"norm1?(_context)?\.linear$", r"^norm_out\.linear$"),
+        temporal=(*_TIMESTEP, r"norm1?(_context)?\.linear$", r"^norm_out\.linear$"),
     ),
 }
 

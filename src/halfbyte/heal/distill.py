@@ -161,6 +161,7 @@ class Run:
                 self.seconds += time.perf_counter() - started
                 self._report()
             self._finish()
+        self.log.signal = self.stop.number
         return self.log
 
     def _one_step(self) -> None:

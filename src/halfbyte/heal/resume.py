@@ -98,9 +98,10 @@ class RunFolder:
 
 
 class Log:
-    """Rows of a run's log, in memory and as JSON lines."""
+    """Rows of a run's log, in memory and as JSON lines; `signal`: the stop signal that came too late to stop it, or 0."""
 
     def __init__(self, folder: Path | None, step: int = 0) -> None:
+        self.signal = 0
         self.file = None if folder is None else folder / LOG_FILE
         self.rows: list[dict[str, Any]] = []
         if self.file is not None:

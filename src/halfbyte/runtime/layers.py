@@ -127,8 +127,8 @@ class Packed(Tiled, QuantizedLayer):
         plan = engine_plan(layer, x)
         with torch.no_grad():
             scaled = x if self.input_scale is None else scale_input(layer, x, self.input_scale)
-            chosen, fixed = self.chosen_set(), self.fixed_scale()
-            if plan is None:
+            chosen, fixed = self.chosen_set(), self.fixed_scale(scaled)
+            if plan is None or (fixed is not None and fixed.scale.ndim):  # the engine takes one scale for all rows
                 activation = self.spec.activation
                 y = quantized_forward(self, scaled, self.levels(chosen), self.weight_scale, self.bias, activation, fixed)
             elif isinstance(plan, gpu.Plan):
