@@ -14,13 +14,13 @@ from halfbyte.calibration import find_denoiser, record_calls
 from halfbyte.errors import DivergedError, HealError, listed
 from halfbyte.heal.dfa import denoising_factors, normalised
 from halfbyte.heal.distill import Progress, distill
-from halfbyte.heal.resume import digest
 from halfbyte.heal.routing import LoRASettings
 from halfbyte.heal.settings import Settings
 from halfbyte.heal.states import timestep_of
 from halfbyte.heal.student import check_shapes
 from halfbyte.heal.talora import TALoRA
 from halfbyte.layers import FakeQuant, QuantizedLayer
+from halfbyte.runs import digest
 from halfbyte.runtime.layers import packed_shapes
 
 METHODS = ("talora", "lora")
