@@ -71,9 +71,8 @@ class FolderImages:
         images = [self._pixels(file) for file in self.files[start:stop]]
         sizes = {"x".join(map(str, image.shape[1:])) for image in images}
         if len(sizes) > 1:
-            raise EvaluationError(
-                f"the images of {self.path} are of different sizes, {' and '.join(sorted(sizes)[:2])}; give a side"
-            )
+            some = " and ".join(sorted(sizes)[:2])
+            raise EvaluationError(f"the images of {self.path} are of different sizes, {some}; resize them with --image-size")
         return torch.stack(images)
 
     def _pixels(self, file: Path) -> Tensor:
