@@ -42,11 +42,11 @@ class Adapted(torch.nn.Module):
         super().__init__()
         self.model, self.config = model, model.config
 
-    def get_image_features(self, **inputs):
-        return getattr(found := self.model.get_image_features(**inputs), "pooler_output", found)
+    def get_image_features(self, *values, **inputs):
+        return getattr(found := self.model.get_image_features(*values, **inputs), "pooler_output", found)
 
-    def get_text_features(self, **inputs):
-        return getattr(found := self.model.get_text_features(**inputs), "pooler_output", found)
+    def get_text_features(self, *values, **inputs):
+        return getattr(found := self.model.get_text_features(*values, **inputs), "pooler_output", found)
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' and torchmetrics' own

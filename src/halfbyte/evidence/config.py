@@ -60,6 +60,7 @@ class TableConfig:
     sampler: dict[str, Any] = field(default_factory=dict)  # class: a diffusers scheduler; the rest are its options
     arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline's call, such as guidance_scale
     prompts: str | None = None  # text file, one a line
+    calibration_prompts: str | None = None  # others, for recipes that calibrate
     features: str | None = None  # "demo", "inception", "inception:FILE", or an .onnx file
     reference: str | None = None  # real images: a folder or an .npz file; "demo": what the demo model was trained on
     image_size: int | None = None  # real images are cut square and resized to so many pixels

@@ -21,9 +21,9 @@ class Session:
     """
 
     def __init__(self, report: Report | None = None) -> None:
-        from accelerate import PartialState
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
-        self.state: Any = PartialState(timeout=PATIENCE)
+        self.state: Any = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
         self.share = Share(self.state.process_index, self.state.num_processes)
         self.main: bool = self.state.is_main_process
         self.report = report if self.main else None

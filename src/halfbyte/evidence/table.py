@@ -48,6 +48,9 @@ class Table:
         own = config
         self.tools = find_tools(own.features, own.lpips, own.clip, own.image_reward, trust_code)
         self.prompts = read_prompts(Path(own.prompts) if own.prompts else None)
+        self.calibration_prompts = read_prompts(Path(own.calibration_prompts) if own.calibration_prompts else None)
+        if self.prompts and not self.calibration_prompts and any(_calibrates(run) for run in own.runs):
+            raise EvaluationError("recipes that calibrate need calibration_prompts: others than those they are judged by")
         self.pipe = session.place(prepared(pipe or load_model(own.model), own))
         self.shared = {
             "version": __version__,
@@ -102,7 +105,11 @@ class Table:
         if run.folder is not None:
             return {"folder": [read_json(file) for file in sorted(Path(run.folder).glob(f"*/{CONFIG}"))]}
         own = self.config
-        return {"recipe": run.chosen().to_dict(), "calibration": [own.calibration, own.calibration_steps], "heal": run.heal}
+        return {
+            "recipe": run.chosen().to_dict(),
+            "calibration": [own.calibration, own.calibration_steps, self.calibration_prompts],
+            "heal": run.heal,
+        }
 
     def _folder(self, name: str, identity: dict[str, Any]) -> Path:
         text = json.dumps({**self.shared, **identity}, sort_keys=True)
@@ -125,17 +132,21 @@ class Table:
             recipe,
             calibration,
             simulate=simulate,
-            prompts=self.prompts,
+            prompts=self.calibration_prompts,
             steps=self.config.calibration_steps,
             seed=self.config.seed + 2,
             progress=stage,
         )
         if run.heal is not None:
             options: Any = run.heal
-            heal(student, self.pipe, prompts=self.prompts, progress=stage, **options)
+            heal(student, self.pipe, prompts=self.calibration_prompts, progress=stage, **options)
             if recipe.simulated_only() is None:
                 api.pack_model(find_denoiser(student), recipe)
         return student, recipe, result.layers
+
+
+def _calibrates(run: RunConfig) -> bool:
+    return run.recipe is not None and (run.heal is not None or run.chosen().needs_calibration)
 
 
 def copied(pipe: Any) -> Any:

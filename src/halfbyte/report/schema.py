@@ -184,8 +184,8 @@ def _check(place: str, value: Any, hint: Any) -> None:
     elif hint is float:
         _need(isinstance(value, int | float) and not isinstance(value, bool), place, value, "a number")
     else:
-        fits = isinstance(value, hint) and not isinstance(value, bool)
-        _need(fits, place, value, {int: "a whole number", str: "a string"}[hint])
+        fits = isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
+        _need(fits, place, value, {int: "a whole number", str: "a string", bool: "true or false"}[hint])
 
 
 def check_mapping(place: str, value: Any, hints: dict[str, Any]) -> None:
