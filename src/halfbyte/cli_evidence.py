@@ -66,13 +66,15 @@ def table(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for results, page and what is kept of every run.")],
     images: Annotated[int | None, typer.Option("-n", "--count", min=2, help="Images a run, instead of the file's.")] = None,
     insert: Annotated[Path | None, typer.Option(help="Markdown file that gets the table between its markers.")] = None,
+    slim: Annotated[Path | None, typer.Option(help="Write the results there too, without pictures and layers.")] = None,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow TorchScript files, which are programs.")] = False,
 ) -> None:
     """Quantize a model by every recipe of a list and compare them, as the papers do; runs that are done are not made again."""
     import dataclasses
 
-    from halfbyte.evidence.command import make_table
+    from halfbyte.evidence.command import make_table, slimmed
     from halfbyte.evidence.config import read_config
+    from halfbyte.report import save_results
 
     found = read_config(config)
     if images is not None:
@@ -80,6 +82,8 @@ def table(
     with progress() as bar:
         results = make_table(found, output, insert, bar, trust_code=trust_code)
     if results is not None:
+        if slim is not None:
+            save_results(slimmed(results), slim)
         print_results(results)
         typer.echo(f"The page with the pictures: {(output / 'report.html').resolve()}")
 
@@ -107,15 +111,15 @@ def print_results(results: "Results") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from halfbyte.report.figures import measured, number, with_interval
+    from halfbyte.report.figures import number, shown, with_interval
 
-    kinds, settings = measured(results["runs"]), results["settings"]
-    shown = Table(title=f"{settings['images']} images, {settings['steps']} steps, the same noise for every row")
+    kinds, settings = shown(results), results["settings"]
+    rows = Table(title=f"{settings['images']} images, {settings['steps']} steps, the same noise for every row")
     for heading in ("recipe", "bits", "size", "SQNR dB", *(kind.label for kind in kinds), "s/image"):
-        shown.add_column(heading, justify="left" if heading == "recipe" else "right")
+        rows.add_column(heading, justify="left" if heading == "recipe" else "right")
     for run in results["runs"]:
         time: Any = run["seconds_per_image"]
-        shown.add_row(
+        rows.add_row(
             run["recipe"],
             f"{run['bits']:.2f}",
             f"{run['bytes'] / run['bytes_bf16']:.3f}x" if run["bytes_bf16"] else "",
@@ -124,4 +128,4 @@ def print_results(results: "Results") -> None:
             "" if time is None else f"{time:.3g}",
         )
     console = Console()
-    (console if console.is_terminal else Console(width=200)).print(shown)
+    (console if console.is_terminal else Console(width=200)).print(rows)

@@ -147,6 +147,6 @@ def make_table(
     return results
 
 
-def slim(results: Results) -> Results:
+def slimmed(results: Results) -> Results:
     """Results without pictures and layers: small enough to be kept beside a table that was made from them."""
     return {**results, "runs": [{**run, "images": None, "layers": [], "sqnr_by_timestep": []} for run in results["runs"]]}

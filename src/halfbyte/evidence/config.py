@@ -70,6 +70,7 @@ class TableConfig:
     calibration: int = 16  # images that recipes calibrate on
     calibration_steps: int = 20
     published: list[dict[str, Any]] = field(default_factory=list)  # of the float model
+    shown: list[str] | None = None  # figures in the Markdown table and on the terminal; the page shows all
 
     def sampling(self, prompts: tuple[str, ...] = ()) -> Sampling:
         return Sampling(self.images, self.steps, self.seed, self.batch, prompts, self.arguments)

@@ -72,7 +72,7 @@ class Table:
         rows = [self._kept(base, lambda: evaluation.float_run()) | {"published": config.published}]
         for run, folder in zip(config.runs, self.folders[1:], strict=True):
             rows.append(self._row(evaluation, run, folder) | {"published": run.published})
-        return results_of(config.title, config.note, evaluation, rows)
+        return results_of(config.title, config.note, evaluation, rows, config.shown)
 
     def _add_reference(self, evaluation: Evaluation) -> None:
         if self.config.reference == DEMO:
@@ -194,12 +194,19 @@ def described(folder: Any, float_pipe: Any, pipe: Any) -> tuple[Recipe, list[Lay
     return recipe, layers
 
 
-def results_of(title: str, note: str, evaluation: Evaluation, rows: list[dict[str, Any]]) -> Results:
-    """Rows as results."""
+def results_of(
+    title: str, note: str, evaluation: Evaluation, rows: list[dict[str, Any]], shown: list[str] | None = None
+) -> Results:
+    """Rows as results.
+
+    Args:
+        shown: figures of short tables; None: all.
+    """
     made = {
         "schema": SCHEMA,
         "model": title,
         "note": note,
+        "shown": shown,
         "created": date.today().isoformat(),
         "environment": environment(),
         "settings": evaluation.settings(),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint import write_file
-from halfbyte.report.markdown import between_markers, markdown_table, marked
+from halfbyte.report.markdown import between_markers, captioned_table, marked
 from halfbyte.report.schema import Results
 
 CARD = "README.md"
@@ -62,12 +62,7 @@ def add_evaluation(folder: Path, results: Results) -> Path | None:
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     if marked(SECTION, "").partition("\n")[0] not in text:
         return None
-    settings, lines = results["settings"], [markdown_table(results), ""]
-    made = f"{settings['images']} images, {settings['steps']} steps of {settings['sampler']}, seed {settings['seed']}"
-    lines.append(f"{made}, the same noise for both; ± half of a 95 % bootstrap interval.")
-    if settings["features"] is not None:
-        weights = str(settings["digest"])[:16]
-        lines.append(f"Features: {settings['features']}, SHA-256 {weights}. Few images make distances of sets too large.")
+    lines = [captioned_table(results)]
     for name, run in zip(("float", "quantized"), results["runs"], strict=False):
         if run["images"] is not None:
             picture = PICTURES.format(name=name)

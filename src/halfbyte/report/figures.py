@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from halfbyte.report.schema import Figure, Run
+from halfbyte.report.schema import Figure, Results, Run
 
 MISSING = "–"
 
@@ -62,6 +62,12 @@ def measured(runs: Iterable[Run]) -> list[FigureKind]:
     found = {key for run in runs for key in run["figures"]}
     known = [kind for key, kind in KINDS.items() if key in found]
     return known + [FigureKind(key, key, "", True, 3, "") for key in sorted(found - set(KINDS))]
+
+
+def shown(results: Results) -> list[FigureKind]:
+    """The figures of short tables: those that the results name, or all."""
+    wanted: list[str] | None = dict(results).get("shown")  # type: ignore[assignment]
+    return [kind for kind in measured(results["runs"]) if wanted is None or kind.key in wanted]
 
 
 def number(value: float | None, digits: int = 1) -> str:

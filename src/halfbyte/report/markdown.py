@@ -5,7 +5,7 @@ from pathlib import Path
 
 from halfbyte.checkpoint import write_file
 from halfbyte.errors import HalfbyteError
-from halfbyte.report.figures import MISSING, measured, number, with_interval
+from halfbyte.report.figures import MISSING, measured, number, shown, with_interval
 from halfbyte.report.schema import Results, Run
 
 MARKERS = "<!-- {name}: written by halfbyte -->", "<!-- end of {name} -->"
@@ -13,7 +13,7 @@ MARKERS = "<!-- {name}: written by halfbyte -->", "<!-- end of {name} -->"
 
 def markdown_table(results: Results) -> str:
     """The runs as a table, each figure with half its 95 % interval; published figures of the literature below."""
-    kinds = measured(results["runs"])
+    kinds = shown(results)
     heads = [f"{kind.label} {kind.unit}".strip() + f" {kind.arrow}" for kind in kinds]
     head = ["recipe", "weights", "activations", "bits", "size of bf16", "SQNR dB ↑", *heads, "s an image"]
     rows = [head, ["---"] * len(head)]
@@ -23,6 +23,17 @@ def markdown_table(results: Results) -> str:
         rows.append([*_identity(run), number(run["sqnr"], 1), *figures, MISSING if time is None else f"{time:.3g}"])
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     return "\n".join(lines + _published(results))
+
+
+def captioned_table(results: Results) -> str:
+    """The table, and how its runs were made and measured."""
+    settings = results["settings"]
+    made = f"{settings['images']:,} images, {settings['steps']} steps of {settings['sampler']}, seed {settings['seed']}"
+    lines = [markdown_table(results), "", f"{made}, the same noise for every row; ± is half of a 95 % bootstrap interval."]
+    if settings["features"] is not None:
+        features = f"Features: {settings['features']}, SHA-256 {str(settings['digest'])[:16]}"
+        lines.append(f"{features}; few images make distances of sets too large.")
+    return "\n".join(lines)
 
 
 def _identity(run: Run) -> list[str]:
@@ -70,4 +81,4 @@ def insert_table(path: Path, results: Results, name: str = "results") -> None:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise HalfbyteError(f"{path} cannot be read: {error}") from error
-    write_file(path, between_markers(text, name, markdown_table(results)).encode())
+    write_file(path, between_markers(text, name, captioned_table(results)).encode())
