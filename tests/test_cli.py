@@ -41,7 +41,7 @@ def left_behind(folder):
 
 
 def test_every_command_helps_with_an_example(monkeypatch, capsys):
-    for command in ("demo", "quantize", "heal", "sample", "info"):
+    for command in ("demo", "quantize", "heal", "sample", "info", "eval", "table", "report"):
         code, out, _ = run(monkeypatch, capsys, command, "--help")
         assert code in (0, None)
         assert f"halfbyte {command}" in out
@@ -153,6 +153,31 @@ def test_the_module_runs_as_a_script():
     assert done.returncode == 0
 
 
+def test_eval_report_and_table_agree(monkeypatch, capsys, model, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(monkeypatch, capsys, "quantize", model, "-o", "out")
+    assert code == 0, err
+    assert "Not evaluated yet" in Path("out", "README.md").read_text()
+    options = ("-n", 3, "--steps", 2, "--batch-size", 2)
+    code, out, err = run(monkeypatch, capsys, "eval", "out", "--against", "model", "-o", "results.json", *options)
+    assert code == 0, err
+    assert "quartz-w4a4" in out
+    card = Path("out", "README.md").read_text()
+    assert "| `quartz-w4a4` |" in card
+    assert "3 images, 2 steps of DDIMScheduler, seed 0" in card
+    assert Path("results.html").exists()
+    table = "{model: model, title: model, images: 3, steps: 2, batch: 2, runs: [int4-w4a4]}"
+    Path("table.yaml").write_text(table)
+    code, _, err = run(monkeypatch, capsys, "table", "table.yaml", "-o", "table", "--slim", "slim.json")
+    assert code == 0, err
+    code, out, err = run(monkeypatch, capsys, "report", "results.json", "slim.json", "-o", "both.html")
+    assert code == 0, err
+    assert "int4-w4a4" in out
+    assert "int4-w4a4" in Path("both.html").read_text()
+    code, _, err = run(monkeypatch, capsys, "eval", "out", "--against", "model", "-o", "results.json", *options)
+    assert (code, "results.json exists already" in err) == (1, True)
+
+
 MISTAKES = {  # arguments, in a folder with model (float), packed, "file" and an empty folder -> words of the error
     "quantize model -o file/out": "file/out was not written: Not a directory",
     "quantize model/unet -o out": "model/unet is not a diffusers pipeline: it has no model_index.json",
@@ -170,6 +195,12 @@ MISTAKES = {  # arguments, in a folder with model (float), packed, "file" and an
     "info model": "model holds no halfbyte checkpoint",
     f"info {'a' * 300}": "is not a folder",
     "demo --images 2 --recipe nothing": "unknown recipe 'nothing'",
+    "eval packed --against model -o x.json --features net.onnx": "net.onnx is not a file; give 'inception'",
+    "eval packed --against model -o x.json --images model": "give one with --features",
+    "eval packed --against model -o x.json --prompts nowhere.txt": "nowhere.txt cannot be read as a list of prompts",
+    "eval packed --against packed -o x.json": "packed is quantized already; start from the float model",
+    "table nowhere.yaml -o x": "nowhere.yaml cannot be read as YAML",
+    "report nowhere.json": "nowhere.json cannot be read",
 }
 
 

@@ -1,16 +1,14 @@
 """The `halfbyte` command: a shell over functions, no computation of its own."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    pass
+from halfbyte import cli_evidence
+from halfbyte.terminal import progress
 
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
@@ -24,22 +22,6 @@ app = typer.Typer(
 )
 
 
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar with the time left; yields a function that takes (what is being done, units done, units in all)."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    bar: Progress
-    with Progress(*columns) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def report(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=stage, completed=done, total=total)
-
-        yield report
-
-
 @app.command(epilog="Example:  halfbyte demo --images 512 -o my-demo")
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the page and its figures.")] = Path("halfbyte-demo"),
@@ -49,24 +31,13 @@ def demo(
     recipe: Annotated[list[str] | None, typer.Option(help="Recipes to run; may be repeated.")] = None,
 ) -> None:
     """Quantize the embedded model with every method; a table here, a page with pictures in OUTPUT/report.html."""
-    from halfbyte import demo as demo_room
-    from halfbyte.checkpoint import write_file
-    from halfbyte.recipe import get_recipe
-    from halfbyte.report import save_results, write_report
-    from halfbyte.report.pictures import grid_png
+    from halfbyte.evidence.demo import run_demo
 
-    demo_room.check_extras()
-    settings = demo_room.Settings(images, steps, seed, tuple(recipe or demo_room.RECIPES))
-    for name in settings.recipes:
-        get_recipe(name)
     with progress() as report:
-        results, strips = demo_room.run(settings, report)
-    output.mkdir(parents=True, exist_ok=True)
-    save_results(results, output / "results.json")
-    write_report(results, output / "report.html")
-    write_file(output / "pictures.png", grid_png(strips, columns=len(strips) // len(results["runs"])))
-    _print_runs(results)
-    typer.echo(f"\nThe page with the pictures: {(output / 'report.html').resolve()}")
+        results = run_demo(output, images, steps, seed, tuple(recipe or ()), report)
+    if results is not None:
+        cli_evidence.print_results(results)
+        typer.echo(f"\nThe page with the pictures: {(output / 'report.html').resolve()}")
 
 
 def _lines(file: Path | None) -> list[str]:
@@ -81,25 +52,9 @@ def _lines(file: Path | None) -> list[str]:
         raise HalfbyteError(f"{file} cannot be read as a list of prompts: {error}") from error
 
 
-def _print_runs(results: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{results['settings']['images']} images, {results['settings']['steps']} steps, same noise for every row")
-    for heading in ("recipe", "bits", "size", "SQNR dB", "PSNR dB", "SSIM", "Frechet", "s/image"):
-        table.add_column(heading, justify="left" if heading == "recipe" else "right")
-    for run in results["runs"]:
-        table.add_row(
-            run["recipe"],
-            f"{run['bits']:.2f}",
-            f"{run['bytes'] / run['bytes_bf16']:.3f}x",
-            "" if run["sqnr"] is None else f"{run['sqnr']:.2f}",
-            "" if run["psnr"] is None else f"{run['psnr']['mean']:.2f}",
-            "" if run["ssim"] is None else f"{run['ssim']['mean']:.3f}",
-            f"{run['frechet']:.2f}",
-            f"{run['seconds_per_image']:.3f}",
-        )
-    Console().print(table)
+app.command(name="eval", epilog=cli_evidence.EVAL_EXAMPLES)(cli_evidence.evaluate)
+app.command(epilog=cli_evidence.TABLE_EXAMPLES)(cli_evidence.table)
+app.command(epilog=cli_evidence.REPORT_EXAMPLES)(cli_evidence.report)
 
 
 @app.command(epilog="Examples:  halfbyte quantize my-model -o my-model-4bit    halfbyte quantize my-model -o out --recipe my.yaml")
@@ -120,6 +75,7 @@ def quantize(
     from halfbyte.conversion import stored_bytes
     from halfbyte.errors import OutputExistsError
     from halfbyte.recipe import get_recipe
+    from halfbyte.report.card import write_card
 
     chosen = get_recipe(recipe)
     chosen = chosen.compensated() if gptq else chosen
@@ -131,6 +87,7 @@ def quantize(
         result = api.quantize(pipe, chosen, calibrate, prompts=_lines(prompts), steps=steps, seed=seed, progress=report)
     api.save(pipe, output)
     stored, plain = stored_bytes(result.model)
+    write_card(output, str(model), result.recipe, result.layers, stored, plain)
     if layers:
         typer.echo(result.table())
     kept = sum(layer.spec is None for layer in result.layers)

@@ -32,7 +32,7 @@ def tiny(pipe, monkeypatch):
         return made
 
     monkeypatch.setattr(demo, "load_pipeline", load)
-    monkeypatch.setattr(demo, "frechet_to_real", lambda images: float(images.mean()))
+    monkeypatch.setattr(ablation, "frechet_to_real", lambda images: float(images.mean()))
 
 
 def test_rows_are_run_with_every_seed_and_kept(tiny, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from torch import Tensor
 from halfbyte import demo
 from halfbyte.api import pack_model, quantize
 from halfbyte.checkpoint import read_json, write_file
+from halfbyte.demo.extractor import frechet_to_real
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import States, float_states, prediction_sqnr, sample_images
 from halfbyte.heal.verb import heal
@@ -80,7 +81,7 @@ def run_row(row: Row, seed: int, effort: Effort, states: States, reference: Tens
         found |= {"seconds": time.perf_counter() - started, "peak_bytes": result.peak_bytes}
     pack_model(student.unet)
     made = sample_images(student, effort.images, effort.sampler_steps, seed=0)
-    found |= {"frechet": demo.frechet_to_real(made), "sqnr": prediction_sqnr(student.unet, states)[0]}
+    found |= {"frechet": frechet_to_real(made), "sqnr": prediction_sqnr(student.unet, states)[0]}
     return {**found, "psnr": float(psnr(reference, made).mean())}
 
 
@@ -100,7 +101,7 @@ def run_table(
     pipe = demo.load_pipeline()
     states = float_states(pipe, min(16, effort.images), effort.sampler_steps, seed=1)
     reference = sample_images(pipe, effort.images, effort.sampler_steps, seed=0)
-    found: dict[str, dict[str, Run]] = {"float": {"0": {"frechet": demo.frechet_to_real(reference)}}, **kept}
+    found: dict[str, dict[str, Run]] = {"float": {"0": {"frechet": frechet_to_real(reference)}}, **kept}
     with Progress() as bar:
         task = bar.add_task("", total=len(rows) * len(seeds))
         for seed in map(str, seeds):

@@ -24,9 +24,10 @@ from halfbyte.calibration import find_denoiser
 from halfbyte.errors import DivergedError, HealError, StoppedError
 from halfbyte.heal.diagnose import culprit
 from halfbyte.heal.method import Method
-from halfbyte.heal.resume import Log, RunFolder, StopSignal
+from halfbyte.heal.resume import Log, RunFolder
 from halfbyte.heal.settings import Settings
 from halfbyte.heal.states import Batch, PoolSettings, StatePool, draw
+from halfbyte.runs import StopSignal
 
 Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
 TICKS = 1000  # units of progress of a whole run

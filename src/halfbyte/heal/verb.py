@@ -16,13 +16,13 @@ from halfbyte.heal.dfa import gamma_at
 from halfbyte.heal.distill import Progress, distill
 from halfbyte.heal.memory import peak_memory
 from halfbyte.heal.result import HealResult, stored_bytes
-from halfbyte.heal.resume import digest
 from halfbyte.heal.routing import LoRASettings
 from halfbyte.heal.settings import Settings
 from halfbyte.heal.states import timestep_of
 from halfbyte.heal.student import check_shapes, check_tables
 from halfbyte.heal.talora import TALoRA
 from halfbyte.layers import QuantizedLayer
+from halfbyte.runs import digest
 
 METHODS: dict[str, type] = {"talora": LoRASettings, "lora": LoRASettings, "quest": SelectiveSettings}
 STEPS = 1000  # of a run that is given no end
