@@ -19,7 +19,7 @@ from halfbyte.runtime.layers import Packed
 def load_student(folder: str | os.PathLike[str], teacher: Any) -> tuple[Any, nn.Module]:
     """The pipeline of a quantized folder, and a trainable copy of its denoiser.
 
-    Weights start from the float teacher's where the folder's were rounded to nearest; GPTQ's compensated ones stay as they are.
+    Weights start from the float teacher's where the folder's were rounded to nearest; those of GPTQ and AdaRound stay as they are.
     Scales, grids and tables are the folder's.
 
     Raises:
@@ -55,7 +55,7 @@ def _trainable(layer: Any, packed: Packed) -> FakeQuant:
     kind = next(kind for kind in FAKE_QUANT if isinstance(packed, kind))
     if packed.input_scale is not None:
         scale_inputs(layer, packed.input_scale.reciprocal())
-    if packed.spec.weight.rounding == "gptq":
+    if packed.spec.weight.rounding != "nearest":
         layer.weight = nn.Parameter(matrix_to_weight(layer, packed.levels() * packed.weight_scale).to(layer.weight.dtype))
     made = FAKE_QUANT[kind].from_float(layer, packed.spec, packed.weight_scale)
     for name in ("input_scale", "activation_scale", "activation_zero"):

@@ -106,7 +106,7 @@ def search_input(statistics: InputStatistics, names: Sequence[str], points: int,
     found = [input_candidates(values, get_grid(name), low, high, points).best(FINALISTS) for name in names]
     if matrix is None:
         return found
-    return [_by_output(one, statistics.rows, matrix) for one in found]
+    return [_by_output(one, statistics.rows, matrix) for one in found]  # type: ignore[arg-type]
 
 
 def search_weight(matrix: Tensor, spec: WeightSpec, search: GridSearch, rows: Tensor | None) -> tuple[WeightSpec, dict[str, float]]:
