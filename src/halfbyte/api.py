@@ -18,6 +18,7 @@ from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, ModelE
 from halfbyte.hub import LayoutConfig, after_loading, before_loading, is_packed
 from halfbyte.layers import FakeQuant
 from halfbyte.recipe import Recipe, get_recipe
+from halfbyte.splitting import join_layers
 
 # what bad folders raise
 LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError, checkpoint.ShardError)
@@ -56,11 +57,15 @@ def quantize(
     hindrance = chosen.simulated_only()
     if hindrance and not simulate:
         raise ModelError(f"recipe {chosen.name!r} cannot be packed: {hindrance}; pass simulate=True to study it")
-    statistics, calls = None, []
-    if chosen.needs_calibration:
-        calls = _calls(model, chosen, calibration, prompts, steps, seed, progress)
-        statistics = _statistics(module, chosen, calls, seed, progress)
-    result = conversion.simulate(module, chosen, statistics, _stage(progress, "quantizing layers"), calls, seed)
+    calls = _calls(model, chosen, calibration, prompts, steps, seed, progress) if chosen.needs_calibration else []
+    try:
+        if chosen.split and calls:
+            conversion.split_concatenations(module, chosen, calls[0])
+        statistics = _statistics(module, chosen, calls, seed, progress) if chosen.needs_calibration else None
+        result = conversion.simulate(module, chosen, statistics, _stage(progress, "quantizing layers"), calls, seed)
+    except BaseException:
+        join_layers(module)  # what fails leaves the model as it was
+        raise
     setattr(module, RECIPE_ATTRIBUTE, chosen)
     if not simulate:
         pack_model(module, chosen)

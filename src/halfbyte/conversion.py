@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.calibration import Call, InputStatistics
+from halfbyte.calibration import Call, InputStatistics, evaluating, run_call
 from halfbyte.errors import CalibrationError, ModelError, PackedError
 from halfbyte.layers import (
     FAKE_QUANT,
@@ -40,7 +40,9 @@ from halfbyte.quantizers import FixedScale, weight_scale
 from halfbyte.recipe import LayerSpec, Recipe, Reconstruction
 from halfbyte.runtime.backends import backend
 from halfbyte.runtime.layers import Packed, pack_layer
+from halfbyte.splitting import owner_of, split_layers
 from halfbyte.targets import TARGETS, Target
+from halfbyte.tracing import find_concatenations
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -80,7 +82,7 @@ def edges_of(model: nn.Module) -> tuple[Target, str]:
     kind = type(model).__name__
     if kind in TARGETS:
         return TARGETS[kind], f"the table of architectures ({kind})"
-    names = list(quantizable_layers(model))
+    names = [owner_of(model, name) for name in quantizable_layers(model)]
     ends = dict.fromkeys([names[0], names[-1]]) if names else {}
     return Target(edges=tuple(f"^{re.escape(name)}$" for name in ends)), "first and last in the order of definition"
 
@@ -106,7 +108,10 @@ def decide_by(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], De
         return recipe.inner, "recipe"
 
     def decide(name: str, layer: nn.Module) -> Decision:
-        spec, reason = choose(name)
+        owner = owner_of(model, name)
+        spec, reason = choose(owner)
+        if owner != name:
+            reason += f"; reads part {int(name.rpartition('.')[2]) + 1} of the concatenation that {owner} reads"
         if spec is None or not isinstance(layer, TRANSPOSED):
             return spec, reason
         if spec.weight.rounding != "nearest":
@@ -126,6 +131,16 @@ def specs_of(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
     decide = decide_by(model, recipe)
     chosen = {name: decide(name, layer)[0] for name, layer in quantizable_layers(model).items()}
     return {name: spec for name, spec in chosen.items() if spec is not None}
+
+
+def split_concatenations(model: nn.Module, recipe: Recipe, call: Call) -> None:
+    """Put a `Split` in place of every convolution that a recipe quantizes and that reads a concatenation, in place."""
+    layers, wanted = quantizable_layers(model), specs_of(model, recipe)
+    names = [name for name in wanted if isinstance(layers[name], (nn.Conv1d, nn.Conv2d)) and layers[name].groups == 1]
+    with evaluating(model), torch.no_grad():
+        run = partial(run_call, model, call)
+        found = find_concatenations(model, names, run, lambda layer: -1 - len(layer.kernel_size))  # type: ignore[arg-type]
+    split_layers(model, found)
 
 
 def hessian_layers(model: nn.Module, recipe: Recipe) -> list[str]:
@@ -181,8 +196,9 @@ def simulate(
 
     def decide(name: str, layer: nn.Module) -> Decision:
         spec, reason = choose(name, layer)
-        own = any(re.search(one.pattern, name) for one in recipe.overrides)
-        if spec is None or recipe.search is None or own or target.is_edge(name):
+        owner = owner_of(model, name)
+        own = any(re.search(one.pattern, owner) for one in recipe.overrides)
+        if spec is None or recipe.search is None or own or target.is_edge(owner):
             return spec, reason
         spec, searched[name] = search_layer(spec, float_matrix(layer), known[name], recipe.search)
         return spec, f"{reason}; {searched[name].one_sided}" if searched[name].one_sided else reason

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from halfbyte.calibration import Call, find_denoiser, record_calls, sampler_arguments, to_device
 from halfbyte.conversion import packed_layers
 from halfbyte.metrics import SignalToNoise
+from halfbyte.splitting import owner_of
 from halfbyte.timestep import TimestepState
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -110,7 +111,10 @@ def prediction_sqnr(denoiser: nn.Module, states: States) -> tuple[float, list[tu
 
 @torch.inference_mode()
 def layer_sqnr(reference: nn.Module, quantized: nn.Module, calls: Sequence[Call]) -> dict[str, float]:
-    """SQNR in dB of each packed layer's output, given the float model's input of that layer: the damage each does alone."""
+    """SQNR in dB of each packed layer's output, given the float model's input of that layer: the damage each does alone.
+
+    Layers that were split count as a whole.
+    """
     found: dict[str, SignalToNoise] = {}
 
     def compare(name: str, layer: Any) -> Callable[..., None]:
@@ -119,7 +123,8 @@ def layer_sqnr(reference: nn.Module, quantized: nn.Module, calls: Sequence[Call]
 
         return look
 
-    layers = packed_layers(quantized)
+    owners = [owner_of(quantized, name) for name in packed_layers(quantized)]
+    layers = {name: quantized.get_submodule(name) for name in owners}
     handles = [reference.get_submodule(name).register_forward_hook(compare(name, layer)) for name, layer in layers.items()]
     try:
         for call in calls:

@@ -182,16 +182,21 @@ class Reconstruction(Fields):
     """How the weights of a recipe with rounding `adaround` are optimized."""
 
     unit: Literal["layer", "block"] = "layer"  # block: residual and transformer blocks as a whole, by the error of their output
-    iterations: int = 500  # for each layer or block
+    iterations: int = 500  # for each layer or block; 0: single weights are turned while that helps, nothing is trained
     seconds: float | None = None  # for the whole model, where that is less; the result then depends on the machine
     learning_rate: float = 0.1
     regularizer: float = 10.0  # weight of what pushes every choice to up or down
     warmup: float = 0.2  # part of the iterations before that begins
 
     def _check(self) -> None:
-        if self.iterations < 1 or (self.seconds is not None and not 0 < self.seconds < math.inf):
+        if (
+            self.iterations < 0
+            or (self.unit == "block" and not self.iterations)
+            or (self.seconds is not None and not 0 < self.seconds < math.inf)
+        ):
             raise RecipeError(
-                f"Reconstruction: iterations must be at least 1 and seconds above 0, got {self.iterations} and {self.seconds}"
+                "Reconstruction: iterations must be at least 0 (1 for blocks) and seconds above 0, got "
+                f"{self.iterations} and {self.seconds}"
             )
         if not (0 < self.learning_rate < math.inf and 0 <= self.regularizer < math.inf and 0 <= self.warmup < 1):
             raise RecipeError(
@@ -235,6 +240,7 @@ class Recipe(Fields):
     search: GridSearch | None = None  # choose the grids of every inner layer; needs calibration
     reconstruction: Reconstruction | None = None  # how rounding `adaround` optimizes; null: as Reconstruction() does
     overrides: tuple[LayerOverride, ...] = ()  # layers with a spec of their own; the first that matches counts
+    split: bool = False  # convolutions that read a concatenation become a sum of one for each part; calibrates
     keep: tuple[str, ...] = ()  # regular expressions of layer names to keep in float
 
     def _check(self) -> None:
@@ -252,7 +258,7 @@ class Recipe(Fields):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.smooth is not None or any(spec.needs_calibration for spec in self._layer_specs())
+        return self.smooth is not None or self.split or any(spec.needs_calibration for spec in self._layer_specs())
 
     @property
     def by_output(self) -> bool:
@@ -308,6 +314,7 @@ class Recipe(Fields):
 LZS_WEIGHT = WeightSpec("lzs4", max_shift=4)
 LZS_ACTIVATION = ActivationSpec("lzs4", max_shift=4)
 QUEST_WEIGHT = WeightSpec("int4", norm=2.4)
+ADAROUND_WEIGHT = QUEST_WEIGHT.replace(rounding="adaround")
 INTEGERS = GridSearch(("int4",), ("int4",), ("ue1m3",))  # no choice but the sign: symmetric, or unsigned with a zero point
 FP4 = LayerSpec(WeightSpec("e2m1"), ActivationSpec("e2m1", scale="static"))
 FP6 = LayerSpec(WeightSpec("e2m3"), ActivationSpec("e2m3", scale="static"))
@@ -345,6 +352,20 @@ PRESETS: dict[str, Recipe] = {
         Recipe("quest-w4a8", LayerSpec(QUEST_WEIGHT, ActivationSpec("int8", scale="timestep"))),
         Recipe("quest-w4a4", LayerSpec(QUEST_WEIGHT, ActivationSpec("int4", scale="timestep")), search=INTEGERS),
         Recipe("quest-paper-w4a4", LayerSpec(QUEST_WEIGHT, ActivationSpec("int4", scale="static")), search=INTEGERS),
+        Recipe(  # Q-Diffusion: AdaRound of blocks, scales shared over time, a product for each part of a skip concatenation
+            "qdiffusion-w4a8",
+            LayerSpec(ADAROUND_WEIGHT, ActivationSpec("int8", scale="static")),
+            search=GridSearch(("int4",), ("int8",), ("uint8",)),
+            reconstruction=Reconstruction("block"),
+            split=True,
+        ),
+        Recipe(
+            "qdiffusion-w4a4",
+            LayerSpec(ADAROUND_WEIGHT, ActivationSpec("int4", scale="static")),
+            search=INTEGERS,
+            reconstruction=Reconstruction("block"),
+            split=True,
+        ),
         Recipe("int4-w4a4", LayerSpec(WeightSpec("int4", scale="absmax"), ActivationSpec("int4"))),
         Recipe("int4-g64-w4a4", LayerSpec(WeightSpec("int4", scale="absmax", group=64), ActivationSpec("int4", group=64))),
         Recipe(  # Blackwell's format: blocks of 16 with e4m3 scales

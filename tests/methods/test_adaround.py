@@ -174,6 +174,17 @@ def test_the_same_inputs_give_the_same_bits():
     assert "of nearest's output error" in first.describe()
 
 
+def test_without_iterations_weights_are_only_turned():
+    matrix, hessian = layer(6, 33)
+    scale = weight_scale(matrix, WeightSpec())
+    found = adaround(matrix, hessian, WeightSpec(), scale, Reconstruction(iterations=0))
+    low, high = neighbours(matrix, scale, WeightSpec())
+    plain = nearest(matrix, scale, WeightSpec())
+    products = (hessian / hessian.diagonal().mean()).float()
+    assert torch.equal(found.matrix, turn(matrix, plain, torch.where(plain == low, high, low), products))
+    assert found.error < 0.9
+
+
 def test_weights_on_the_grid_stay_as_they_are():
     matrix, hessian = layer(3, 12)
     matrix[:, 0], scale = 7.0, torch.ones(3, 1)
@@ -192,6 +203,13 @@ def test_bad_input_is_refused():
     hessian[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="Hessian of the calibration inputs"):
         adaround(matrix, hessian, WeightSpec(), scale)
-    for wrong in ({"iterations": 0}, {"seconds": 0.0}, {"learning_rate": 0.0}, {"warmup": 1.0}, {"regularizer": -1.0}):
+    for wrong in (
+        {"iterations": -1},
+        {"unit": "block", "iterations": 0},
+        {"seconds": 0.0},
+        {"learning_rate": 0.0},
+        {"warmup": 1.0},
+        {"regularizer": -1.0},
+    ):
         with pytest.raises(RecipeError, match="Reconstruction: "):
             Reconstruction(**wrong)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.calibration import Call, to_device
+from halfbyte.calibration import Call, evaluating, run_call, to_device
 from halfbyte.errors import CalibrationError
 from halfbyte.layers import FakeQuant, matrix_to_weight, module_kind, weight_to_matrix
 from halfbyte.methods.adaround import SoftRounding, beta_at, passes, regularizer
@@ -81,7 +81,7 @@ def reconstruct_blocks(
     if not calls:
         raise CalibrationError("blocks are reconstructed on calls of the model; pass calibration=")
     notes: dict[str, str] = {}
-    with _evaluating(student), _evaluating(teacher):
+    with evaluating(student), evaluating(teacher):
         order = _order(teacher, names, calls[0])
         seconds = None if settings.seconds is None else settings.seconds / len(order)
         for name in order:
@@ -92,25 +92,13 @@ def reconstruct_blocks(
     return notes
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and without updates of batch norms; put back as it was."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 @torch.no_grad()
 def _order(model: nn.Module, names: Sequence[str], call: Call) -> list[str]:
     """The names in the order in which their blocks are first called."""
     seen: dict[str, None] = {}
     handles = [model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: seen.setdefault(name)) for name in names]
     try:
-        _run(model, call)
+        run_call(model, call)
     finally:
         for handle in handles:
             handle.remove()
@@ -118,11 +106,6 @@ def _order(model: nn.Module, names: Sequence[str], call: Call) -> list[str]:
     if missing:
         raise CalibrationError(f"{len(missing)} blocks were never reached by the calibration inputs, {missing[0]!r} among them")
     return list(seen)
-
-
-def _run(model: nn.Module, call: Call) -> None:
-    device = next(model.parameters()).device
-    model(*to_device(call.args, device), **to_device(call.kwargs, device))
 
 
 @torch.no_grad()
@@ -145,7 +128,7 @@ def _record(student: nn.Module, teacher: nn.Module, name: str, calls: Sequence[C
         hooks.callback(teacher.get_submodule(name).register_forward_hook(see_output).remove)
         for model, call in itertools.product((student, teacher), calls):
             with suppress(_ReachedError):
-                _run(model, call)
+                run_call(model, call)
     return [Sample(args, kwargs, found, timestep) for (args, kwargs, timestep), found in zip(inputs, outputs, strict=True)]
 
 
