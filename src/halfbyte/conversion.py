@@ -30,9 +30,11 @@ from halfbyte.layers import (
     weight_to_matrix,
 )
 from halfbyte.methods.adaround import AdaRounding
+from halfbyte.methods.attention import attention_modules, quantize_attention
 from halfbyte.methods.blocks import find_blocks, reconstruct_blocks
 from halfbyte.methods.gptq import gptq
 from halfbyte.methods.low_rank import low_rank_branch
+from halfbyte.methods.modiff import follow_differences
 from halfbyte.methods.msfp import fixed_scale, search_layer
 from halfbyte.methods.smooth import scale_inputs, search_strength, smooth_factors, weight_absmax
 from halfbyte.metrics import sqnr
@@ -44,6 +46,7 @@ from halfbyte.splitting import owner_of, split_layers
 from halfbyte.targets import TARGETS, Target
 from halfbyte.tracing import find_concatenations
 
+SIMULATED_ATTRIBUTE = "_halfbyte_simulated"  # on models with options that have no packed form: why, in words
 Progress = Callable[[int, int], None]  # (done, total)
 
 
@@ -55,6 +58,7 @@ class Result:
     recipe: Recipe
     layers: list[LayerReport]
     statistics: Mapping[str, InputStatistics] = field(default_factory=dict, repr=False)
+    notes: list[str] = field(default_factory=list)  # what else was done to the model, in words
 
     def table(self) -> str:
         """The layers as text, one line each."""
@@ -65,7 +69,8 @@ class Result:
             shape = "x".join(map(str, layer.shape))
             rows.append((layer.name, layer.kind, shape, became, f"{layer.bits:.2f}", quality, layer.reason))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(lines + self.notes)
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, Any]:
@@ -218,7 +223,22 @@ def simulate(
     for report in reports:
         report.weight_sqnr, report.choice = quality.get(report.name), searched.get(report.name)
         report.reason += f"; {rounding.notes[report.name]}" if report.name in rounding.notes else ""
-    return Result(model, recipe, reports, known)
+    return Result(model, recipe, reports, known, _simulate_options(model, recipe))
+
+
+def _simulate_options(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Switch on what a recipe asks for beyond its layers, and which has no packed form; what was done, in words."""
+    notes = []
+    if recipe.attention is not None:
+        names = [name for name in attention_modules(model) if not any(re.search(pattern, name) for pattern in recipe.keep)]
+        quantize_attention(model, recipe.attention, names)
+        notes += [f"{name}  attention products, simulated: {recipe.attention.describe()}" for name in names]
+    if recipe.temporal:
+        follow_differences(model)
+        notes.append("all quantized inputs  simulated: what they changed by since the last timestep is quantized (MoDiff)")
+    if notes:
+        setattr(model, SIMULATED_ATTRIBUTE, recipe.simulated_only())
+    return notes
 
 
 def _rounding_work(model: nn.Module, recipe: Recipe) -> dict[str, int]:
@@ -356,6 +376,9 @@ def pack(model: nn.Module) -> nn.Module:
     found = [(name, layer) for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, FakeQuant)]
     if not found:
         raise PackedError(f"this {type(model).__name__} has no trainable quantized layers; quantize it with simulate=True first")
+    simulated = getattr(model, SIMULATED_ATTRIBUTE, None)
+    if simulated:
+        raise PackedError(f"this {type(model).__name__} cannot be packed: {simulated}; quantize it without")
     for name, layer in found:
         hindrance = layer.spec.simulated_only()
         if hindrance:

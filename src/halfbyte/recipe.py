@@ -205,6 +205,25 @@ class Reconstruction(Fields):
             )
 
 
+@dataclass(frozen=True)
+class AttentionSpec(Fields):
+    """How attention's two matrix products are quantized; simulated."""
+
+    softmax: str | None = "uint8"  # unsigned grid of the softmax output, a scale a row; null: float
+    operands: str | None = None  # signed grid of queries and keys (a scale a token) and values (a scale a channel); null: float
+
+    def _check(self) -> None:
+        if self.softmax is not None and get_grid(self.softmax).signed:
+            raise RecipeError(f"AttentionSpec: softmax outputs are positive and take an unsigned grid, not {self.softmax!r}")
+        if self.operands is not None and not get_grid(self.operands).signed:
+            raise RecipeError(f"AttentionSpec: queries, keys and values need a signed grid, got {self.operands!r}")
+        if self.softmax is self.operands is None:
+            raise RecipeError("AttentionSpec: nothing to quantize; set softmax or operands, or the recipe's attention to null")
+
+    def describe(self) -> str:
+        return f"Q, K, V {self.operands or 'float'}; softmax {self.softmax or 'float'}"
+
+
 INT8 = LayerSpec(WeightSpec("int8", scale="absmax"), ActivationSpec("int8"))
 
 
@@ -241,6 +260,8 @@ class Recipe(Fields):
     reconstruction: Reconstruction | None = None  # how rounding `adaround` optimizes; null: as Reconstruction() does
     overrides: tuple[LayerOverride, ...] = ()  # layers with a spec of their own; the first that matches counts
     split: bool = False  # convolutions that read a concatenation become a sum of one for each part; calibrates
+    attention: AttentionSpec | None = None  # quantize attention's products too; simulated only
+    temporal: bool = False  # quantize what an input changed by since the last timestep (MoDiff); simulated only
     keep: tuple[str, ...] = ()  # regular expressions of layer names to keep in float
 
     def _check(self) -> None:
@@ -251,6 +272,8 @@ class Recipe(Fields):
             raise RecipeError("Recipe: a grid search needs inner activations with static or timestep scales, and no after_silu")
         if self.smooth is not None and any(s.activation and s.activation.scale != "dynamic" for s in self._layer_specs()):
             raise RecipeError("Recipe: smoothing changes inputs whose static or timestep scales are calibrated; set smooth to null")
+        if self.temporal and self.inner.activation is None and self.after_silu is None:
+            raise RecipeError("Recipe: differences over time are of quantized inputs, but inner inputs stay in float")
         if self.reconstruction is not None and all(spec.weight.rounding != "adaround" for spec in self._layer_specs()):
             raise RecipeError("Recipe: reconstruction is for weights with rounding 'adaround', and no layer has it")
         for pattern in self.keep:
@@ -279,6 +302,10 @@ class Recipe(Fields):
 
     def simulated_only(self) -> str | None:
         """Why some layer of this recipe cannot run in exact integers (None: all can)."""
+        if self.attention is not None:
+            return "the quantized products of its attention exist in simulation only"
+        if self.temporal:
+            return "its differences over time exist in simulation only"
         return next((hindrance for hindrance in (spec.simulated_only() for spec in self._layer_specs()) if hindrance), None)
 
     def compensated(self) -> "Recipe":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from halfbyte.api import RECIPE_ATTRIBUTE
 from halfbyte.calibration import find_denoiser, record_calls
+from halfbyte.conversion import SIMULATED_ATTRIBUTE
 from halfbyte.errors import DivergedError, HealError, listed
 from halfbyte.heal.dfa import denoising_factors, normalised
 from halfbyte.heal.distill import Progress, distill
@@ -114,6 +115,8 @@ def heal(
         )
     float_model = find_denoiser(teacher)
     check_shapes(model, float_model)
+    if getattr(model, SIMULATED_ATTRIBUTE, None):
+        raise HealError(f"this {type(model).__name__} cannot be healed: {getattr(model, SIMULATED_ATTRIBUTE)}; quantize it without")
     identity = _identity(model, teacher, prompts)
     seen = [timestep_of(call, float_model) for call in record_calls(teacher, 1, settings.sampler_steps, prompts=prompts)]
     timesteps = _timesteps(model, teacher.scheduler, max(seen))
