@@ -182,7 +182,7 @@ class Reconstruction(Fields):
     """How the weights of a recipe with rounding `adaround` are optimized."""
 
     unit: Literal["layer", "block"] = "layer"  # block: residual and transformer blocks as a whole, by the error of their output
-    iterations: int = 500  # for each layer or block; 0: single weights are turned while that helps, nothing is trained
+    iterations: int = 300  # for each layer or block; 0: single weights are turned while that helps, nothing is trained
     seconds: float | None = None  # for the whole model, where that is less; the result then depends on the machine
     learning_rate: float = 0.1
     regularizer: float = 10.0  # weight of what pushes every choice to up or down
@@ -311,13 +311,13 @@ class Recipe(Fields):
     def compensated(self) -> "Recipe":
         """This recipe with GPTQ error compensation of the inner weights; needs calibration."""
         weight = self.inner.weight.replace(rounding="gptq")
-        return self.replace(name=f"{self.name}+gptq", inner=self.inner.replace(weight=weight))
+        return self.replace(name=f"{self.name}+gptq", inner=self.inner.replace(weight=weight), reconstruction=None)
 
     def adarounded(self, reconstruction: Reconstruction | None = None) -> "Recipe":
         """This recipe with AdaRound of the inner weights; needs calibration."""
         weight = self.inner.weight.replace(rounding="adaround")
         inner = self.inner.replace(weight=weight)
-        return self.replace(name=f"{self.name}+adaround", inner=inner, reconstruction=reconstruction)
+        return self.replace(name=f"{self.name}+adaround", inner=inner, reconstruction=reconstruction or self.reconstruction)
 
     @property
     def by_block(self) -> bool:
@@ -379,18 +379,16 @@ PRESETS: dict[str, Recipe] = {
         Recipe("quest-w4a8", LayerSpec(QUEST_WEIGHT, ActivationSpec("int8", scale="timestep"))),
         Recipe("quest-w4a4", LayerSpec(QUEST_WEIGHT, ActivationSpec("int4", scale="timestep")), search=INTEGERS),
         Recipe("quest-paper-w4a4", LayerSpec(QUEST_WEIGHT, ActivationSpec("int4", scale="static")), search=INTEGERS),
-        Recipe(  # Q-Diffusion: AdaRound of blocks, scales shared over time, a product for each part of a skip concatenation
+        Recipe(  # Q-Diffusion: AdaRound, scales shared over time, a product for each part of a skip concatenation
             "qdiffusion-w4a8",
             LayerSpec(ADAROUND_WEIGHT, ActivationSpec("int8", scale="static")),
             search=GridSearch(("int4",), ("int8",), ("uint8",)),
-            reconstruction=Reconstruction("block"),
             split=True,
         ),
         Recipe(
             "qdiffusion-w4a4",
             LayerSpec(ADAROUND_WEIGHT, ActivationSpec("int4", scale="static")),
             search=INTEGERS,
-            reconstruction=Reconstruction("block"),
             split=True,
         ),
         Recipe("int4-w4a4", LayerSpec(WeightSpec("int4", scale="absmax"), ActivationSpec("int4"))),
