@@ -10,7 +10,18 @@ from torch import Tensor
 
 from halfbyte.errors import CalibrationError, NonFiniteError, RecipeError
 from halfbyte.formats import GRIDS
-from halfbyte.methods.adaround import FIRST_BETA, LAST_BETA, SoftRounding, adaround, beta_at, neighbours, passes, regularizer, turn
+from halfbyte.methods.adaround import (
+    FIRST_BETA,
+    LAST_BETA,
+    AdaRounding,
+    SoftRounding,
+    adaround,
+    beta_at,
+    neighbours,
+    passes,
+    regularizer,
+    turn,
+)
 from halfbyte.quantizers import quantize_weight, weight_scale
 from halfbyte.recipe import Reconstruction, WeightSpec
 
@@ -183,6 +194,21 @@ def test_without_iterations_weights_are_only_turned():
     products = (hessian / hessian.diagonal().mean()).float()
     assert torch.equal(found.matrix, turn(matrix, plain, torch.where(plain == low, high, low), products))
     assert found.error < 0.9
+
+
+def test_a_model_s_seconds_are_shared_and_every_layer_is_noted():
+    matrix, hessian = layer(6, 33)
+    scale, spec = weight_scale(matrix, WeightSpec()), WeightSpec()
+    rounding = AdaRounding(Reconstruction(iterations=10**6, seconds=1e-9), {"first": 1, "second": 3})
+    expected = adaround(matrix, hessian, spec, scale, Reconstruction(iterations=0)).matrix
+    found = rounding.round(matrix, hessian[None], spec, scale, "first")
+    assert torch.equal(found, expected)  # out of time before the first iteration
+    grouped = rounding.round(
+        torch.cat([matrix, matrix]), torch.stack([hessian, hessian]), spec, torch.cat([scale, scale]), "second"
+    )
+    assert torch.equal(grouped, torch.cat([expected, expected]))
+    assert rounding.notes["first"].startswith("AdaRound leaves 0.")
+    assert rounding.notes["second"] == "AdaRound of 2 groups of channels"
 
 
 def test_weights_on_the_grid_stay_as_they_are():

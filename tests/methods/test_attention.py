@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from halfbyte import api, pack
-from halfbyte.errors import ModelError, PackedError, RecipeError
+from halfbyte import api, heal, pack
+from halfbyte.errors import HealError, ModelError, PackedError, RecipeError
 from halfbyte.methods.attention import attention_modules, quantized_attention, round_rows
 from halfbyte.recipe import ActivationSpec, AttentionSpec, LayerSpec, Recipe, WeightSpec, get_recipe
 
@@ -113,14 +113,17 @@ def test_every_attention_of_a_model_is_quantized_and_listed(name, build, call):
     assert result.table().endswith("attention products, simulated: Q, K, V int4; softmax ue1m3")
 
 
-def test_packing_and_healing_refuse_simulated_products(build):
-    model = build("UNet2DModel")
+def test_packing_and_healing_refuse_simulated_products(pipe):
+    teacher = copy.deepcopy(pipe)
+    model = pipe.unet
     recipe = PLAIN.replace(attention=AttentionSpec())
     with pytest.raises(ModelError, match="cannot be packed: the quantized products of its attention exist in simulation only"):
         api.quantize(model, recipe)
     api.quantize(model, recipe, simulate=True)
     with pytest.raises(PackedError, match="attention exist in simulation only; quantize it without"):
         pack(model)
+    with pytest.raises(HealError, match="cannot be healed: the quantized products of its attention exist in simulation only"):
+        heal(pipe, teacher, steps=1)
 
 
 class OwnProcessor:
