@@ -14,6 +14,7 @@ from PIL import Image
 
 import halfbyte as hb
 from halfbyte import cli
+from halfbyte.recipe import Reconstruction, get_recipe
 from halfbyte.runtime.backends import describe
 
 
@@ -75,6 +76,21 @@ def test_calibrated_recipes_from_the_command_line(monkeypatch, capsys, model, tm
     code, _, err = run(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "out", *options)
     assert code == 0, err
     assert "quartz-w4a4+gptq+smooth0.5" in run(monkeypatch, capsys, "info", tmp_path / "out")[1]
+
+
+def test_adaround_from_the_command_line(monkeypatch, capsys, model, tmp_path):
+    recipe = get_recipe("qdiffusion-w4a8")
+    (tmp_path / "quick.yaml").write_text(recipe.replace(reconstruction=Reconstruction(iterations=2)).to_yaml())
+    options = ("--recipe", tmp_path / "quick.yaml", "--adaround", "--calibrate", 2, "--steps", 2, "--layers")
+    code, out, err = run(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "out", *options)
+    assert code == 0, err
+    assert "AdaRound leaves 0." in out
+    assert "conv_shortcut.parts.1" in out
+    assert "qdiffusion-w4a8+adaround" in run(monkeypatch, capsys, "info", tmp_path / "out")[1]
+    code, _, err = run(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "other", "--gptq", "--adaround")
+    assert code == 1
+    assert "two ways to round the same weights; choose one" in err
+    assert recipe.adarounded(Reconstruction(iterations=2)).compensated().reconstruction is None
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def quantized(make, recipe, x):
         exact = model(x)
         statistics = None
         if recipe.needs_calibration:
-            hessians = ["0"] if not isinstance(model[0], nn.ConvTranspose2d) and recipe.edge.weight.rounding == "gptq" else []
+            hessians = ["0"] if not isinstance(model[0], nn.ConvTranspose2d) and recipe.edge.weight.rounding != "nearest" else []
             statistics = collect(model, [Call((x,), {})], ["0"], hessians)
         result = simulate(model, recipe, statistics)
         simulated = model(x)
@@ -49,18 +49,20 @@ def quantized(make, recipe, x):
     return (packed - exact).norm().item(), result.layers[0]
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "adaround"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_gptq_lowers_the_output_error_where_it_can_and_says_where_not(name):
+def test_gptq_and_adaround_lower_the_output_error_where_they_can_and_say_where_not(name, rounding):
     make, shape = LAYERS[name]
     nearest, _ = quantized(make, PLAIN, correlated(*shape))
     better, report = quantized(
-        make, PLAIN.replace(edge=INT4.replace(weight=WeightSpec("int4", rounding="gptq"))), correlated(*shape)
+        make, PLAIN.replace(edge=INT4.replace(weight=WeightSpec("int4", rounding=rounding))), correlated(*shape)
     )
     if name == "transposed":
         assert better == nearest
-        assert "rounded to nearest, as GPTQ has no Hessian" in report.reason
+        assert "rounded to nearest, as there is no Hessian" in report.reason
     else:
         assert better < 0.85 * nearest
+        assert ("AdaRound" in report.reason) == (rounding == "adaround")
 
 
 SEARCHED = PRESETS["msfp-w4a4"]

@@ -16,9 +16,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "halfbyte"
 # Left to right. A new room goes right of all it imports.
 # fmt: off
 ROOMS = (
-    "errors", "formats", "packing", "recipe", "targets", "quantizers", "timestep", "layers", "metrics", "tracing", "calibration",
-    "methods", "checkpoint", "runs", "streaming", "runtime", "conversion", "hub", "diffusers_plugin", "transformers_plugin", "api",
-    "evaluate", "heal", "sensitivity", "report", "demo", "evidence", "bench", "terminal", "cli_evidence", "cli",
+    "errors", "fields", "formats", "packing", "recipe", "targets", "quantizers", "timestep", "layers", "splitting", "metrics",
+    "tracing", "calibration", "methods", "checkpoint", "runs", "streaming", "runtime", "conversion", "hub", "diffusers_plugin",
+    "transformers_plugin", "api", "evaluate", "heal", "sensitivity", "report", "demo", "evidence", "bench", "terminal",
+    "cli_evidence", "cli",
 )
 # fmt: on
 

@@ -132,7 +132,7 @@ WRONG_TYPES = [
     ("inner.weight.norm", True, "WeightSpec.norm must be a number, got bool True"),
     ("inner.weight.norm", "2", "WeightSpec.norm must be a number, got str '2'"),
     ("inner.weight.scale", "mse", "WeightSpec.scale must be one of 'absmax', 'search', got str 'mse'"),
-    ("inner.weight.rounding", None, "WeightSpec.rounding must be one of 'nearest', 'gptq', got NoneType None"),
+    ("inner.weight.rounding", None, "WeightSpec.rounding must be one of 'nearest', 'gptq', 'adaround', got NoneType None"),
     ("inner.activation.zero_point", 1, "ActivationSpec.zero_point must be true or false, got int 1"),
     ("inner.activation.rounding", "down", "ActivationSpec.rounding must be one of 'nearest', 'truncate', got str 'down'"),
     ("smooth", "0.5", "Recipe.smooth must be a number or one of 'search' or null, got str '0.5'"),

@@ -13,11 +13,12 @@ from torch import nn
 
 from halfbyte import checkpoint, conversion
 from halfbyte.calibration import DENOISERS, Call, InputStatistics, Progress, collect, find_denoiser, record_calls
-from halfbyte.conversion import Result, sampled_layers, specs_of
+from halfbyte.conversion import Result, hessian_layers, sampled_layers, specs_of
 from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, ModelError
 from halfbyte.hub import LayoutConfig, after_loading, before_loading, is_packed
 from halfbyte.layers import FakeQuant
 from halfbyte.recipe import Recipe, get_recipe
+from halfbyte.splitting import join_layers
 
 # what bad folders raise
 LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError, checkpoint.ShardError)
@@ -56,10 +57,15 @@ def quantize(
     hindrance = chosen.simulated_only()
     if hindrance and not simulate:
         raise ModelError(f"recipe {chosen.name!r} cannot be packed: {hindrance}; pass simulate=True to study it")
-    statistics = None
-    if chosen.needs_calibration:
-        statistics = _statistics(model, module, chosen, calibration, prompts, steps, seed, progress)
-    result = conversion.simulate(module, chosen, statistics, _stage(progress, "quantizing layers"))
+    calls = _calls(model, chosen, calibration, prompts, steps, seed, progress) if chosen.needs_calibration else []
+    try:
+        if chosen.split and calls:
+            conversion.split_concatenations(module, chosen, calls[0])
+        statistics = _statistics(module, chosen, calls, seed, progress) if chosen.needs_calibration else None
+        result = conversion.simulate(module, chosen, statistics, _stage(progress, "quantizing layers"), calls, seed)
+    except BaseException:
+        join_layers(module)  # what fails leaves the model as it was
+        raise
     setattr(module, RECIPE_ATTRIBUTE, chosen)
     if not simulate:
         pack_model(module, chosen)
@@ -79,32 +85,33 @@ def _stage(progress: Callable[[str, int, int], None] | None, stage: str) -> Prog
     return None if progress is None else partial(progress, stage)
 
 
-def _statistics(
+def _calls(
     model: Any,
-    module: nn.Module,
     recipe: Recipe,
     calibration: Any,
     prompts: Sequence[str],
     steps: int,
     seed: int,
     progress: Callable[[str, int, int], None] | None,
-) -> dict[str, InputStatistics]:
+) -> list[Call]:
+    """The calls of the module that a recipe is calibrated on."""
     if calibration is None:
-        raise ModelError(f"recipe {recipe.name!r} uses smoothing or GPTQ and needs calibration; pass calibration=16 or some inputs")
+        raise ModelError(f"recipe {recipe.name!r} needs calibration; pass calibration=16 or some inputs")
     if isinstance(calibration, int):
         if isinstance(model, nn.Module):
             raise ModelError("a bare module has no sampler to calibrate with; pass its pipeline, or an iterable of inputs")
-        calls = record_calls(
-            model, calibration, steps, seed, prompts=prompts, progress=_stage(progress, "sampling the float model")
-        )
-    elif isinstance(calibration, (torch.Tensor, dict, Call)):
+        return record_calls(model, calibration, steps, seed, prompts=prompts, progress=_stage(progress, "sampling the float model"))
+    if isinstance(calibration, (torch.Tensor, dict, Call)):
         raise ModelError(f"calibration is a single {type(calibration).__name__}; put the inputs of the module into a list")
-    else:
-        calls = [_as_call(entry) for entry in calibration]
-    specs = specs_of(module, recipe)
-    hessians = [name for name, spec in specs.items() if spec.weight.rounding == "gptq"]
-    rows = sampled_layers(module, recipe)
-    return collect(module, calls, specs, hessians, rows, seed, _stage(progress, "looking at the layers' inputs"))
+    return [_as_call(entry) for entry in calibration]
+
+
+def _statistics(
+    module: nn.Module, recipe: Recipe, calls: Sequence[Call], seed: int, progress: Callable[[str, int, int], None] | None
+) -> dict[str, InputStatistics]:
+    hessians, rows = hessian_layers(module, recipe), sampled_layers(module, recipe)
+    stage = _stage(progress, "looking at the layers' inputs")
+    return collect(module, calls, specs_of(module, recipe), hessians, rows, seed, stage)
 
 
 def _as_call(entry: Any) -> Call:

@@ -8,7 +8,7 @@ reservoir samples, largest magnitudes per channel, and the Hessian sum of x x^T 
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,6 +224,24 @@ def contraction_rows(layer: Quantizable, x: Tensor) -> Tensor:
     return columns.permute(1, 0, 4, 3, 2).flatten(3).flatten(1, 2)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, without dropout and without updates of batch norms; put back as it was."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def run_call(model: nn.Module, call: Call) -> Any:
+    """The output of a model for a recorded call, on the model's device."""
+    device = next(model.parameters()).device
+    return model(*to_device(call.args, device), **to_device(call.kwargs, device))
+
+
 def collect(
     model: nn.Module,
     calls: Iterable[Call],
@@ -244,13 +262,12 @@ def collect(
         NonFiniteError: when an input holds a NaN or an infinity; names the layer.
         CalibrationError: when there are no calls, or a layer was never reached.
     """
-    calls, training = list(calls), [module for module in model.modules() if module.training]
+    calls = list(calls)
     hessians, rows, trace = set(hessians), set(rows), ActivationTrace()
     if not calls:
         raise CalibrationError("no calls to calibrate on; give at least one input of the model")
     found = {name: InputStatistics() for name in names}
     generator, state, limit = torch.Generator().manual_seed(seed % 2**63), TimestepState(), max(1, HESSIAN_ROWS // len(calls))
-    device = next(model.parameters()).device
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -271,17 +288,14 @@ def collect(
     with contextlib.suppress(CalibrationError):  # a model without a timestep: all inputs fall under one key
         handles.append(state.attach(model))
     try:
-        model.eval()
-        with torch.inference_mode(), trace:
+        with evaluating(model), torch.inference_mode(), trace:
             for done, call in enumerate(calls, 1):
-                model(*to_device(call.args, device), **to_device(call.kwargs, device))
+                run_call(model, call)
                 if progress:
                     progress(done, len(calls))
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     unseen = [name for name, statistics in found.items() if not statistics.count]
     if unseen:
         raise CalibrationError(

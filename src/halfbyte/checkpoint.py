@@ -165,7 +165,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-LAYOUT_KEYS = {"quant_method", "format_version", "recipe", "specs", "layers", "smoothed", "timesteps", "files"}
+LAYOUT_KEYS = {"quant_method", "format_version", "recipe", "specs", "layers", "smoothed", "timesteps", "splits", "files"}
 
 
 @dataclass
@@ -176,6 +176,7 @@ class Layout:
     layers: dict[str, LayerSpec] = field(default_factory=dict)
     smoothed: list[str] = field(default_factory=list)  # names of the layers that carry an input scale
     timesteps: list[float] = field(default_factory=list)  # ascending; those that the layers' tables over time have an entry for
+    splits: dict[str, list[int]] = field(default_factory=dict)  # channels of each part, by the name of the float layer
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; each distinct spec is written once."""
@@ -187,7 +188,7 @@ class Layout:
             "specs": [spec.to_dict() for spec in distinct],
             "layers": {name: distinct.index(spec) for name, spec in self.layers.items()},
         }
-        optional = {"smoothed": self.smoothed, "timesteps": self.timesteps}
+        optional = {"smoothed": self.smoothed, "timesteps": self.timesteps, "splits": self.splits}
         return entry | {key: value for key, value in optional.items() if value}
 
     @classmethod
@@ -209,7 +210,8 @@ class Layout:
             timesteps = _ascending(entry.get("timesteps", []))
             if not timesteps and any(spec.over_time for spec in specs):
                 raise TypeError("its layers have tables over time, but it lists no timesteps")
-            return cls(Recipe.from_dict(entry["recipe"]), layers, smoothed, timesteps)
+            splits = {str(name): _sizes(sizes) for name, sizes in entry.get("splits", {}).items()}
+            return cls(Recipe.from_dict(entry["recipe"]), layers, smoothed, timesteps, splits)
         except RecipeError as error:
             raise CorruptError(f"{where}: {error}") from error
         except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -236,6 +238,12 @@ def _ascending(timesteps: Any) -> list[float]:
     if not numbers or any(a >= b for a, b in itertools.pairwise(timesteps)):
         raise TypeError(f"timesteps must be a list of ascending numbers, got {timesteps!r}")
     return [float(t) for t in timesteps]
+
+
+def _sizes(sizes: Any) -> list[int]:
+    if not isinstance(sizes, list) or not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+        raise TypeError(f"the parts of a split layer must be a list of integers, got {sizes!r}")
+    return sizes
 
 
 def _index(number: Any, count: int) -> int:

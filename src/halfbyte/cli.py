@@ -63,6 +63,9 @@ def quantize(
     output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the quantized pipeline.")],
     recipe: Annotated[str, typer.Option(help="A preset, or a .json or .yaml file.")] = "quartz-w4a4",
     gptq: Annotated[bool, typer.Option("--gptq", help="Compensate rounding errors of the weights (minutes; calibrates).")] = False,
+    adaround: Annotated[
+        bool, typer.Option("--adaround", help="Optimize for every weight whether it is rounded up or down (minutes; calibrates).")
+    ] = False,
     smooth: Annotated[float | None, typer.Option(min=0, max=1, help="Strength of SmoothQuant scaling (calibrates).")] = None,
     calibrate: Annotated[int, typer.Option(min=1, help="Images to sample where the recipe needs calibration.")] = 16,
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line, for calibration.")] = None,
@@ -73,12 +76,14 @@ def quantize(
     """Quantize a pipeline and save it; load it with DiffusionPipeline.from_pretrained after `import halfbyte`."""
     from halfbyte import api
     from halfbyte.conversion import stored_bytes
-    from halfbyte.errors import OutputExistsError
+    from halfbyte.errors import OutputExistsError, RecipeError
     from halfbyte.recipe import get_recipe
     from halfbyte.report.card import write_card
 
     chosen = get_recipe(recipe)
-    chosen = chosen.compensated() if gptq else chosen
+    if gptq and adaround:
+        raise RecipeError("--gptq and --adaround are two ways to round the same weights; choose one")
+    chosen = chosen.compensated() if gptq else chosen.adarounded() if adaround else chosen
     chosen = chosen if smooth is None else chosen.smoothed(smooth)
     if output.exists():
         raise OutputExistsError(f"{output} exists already; choose another output folder or remove it first")

@@ -1,8 +1,9 @@
 """Recipes applied to models: float layers to trainable ones (`simulate`), trainable ones to packed ones (`pack`)."""
 
+import copy
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.calibration import InputStatistics
+from halfbyte.calibration import Call, InputStatistics, evaluating, run_call
 from halfbyte.errors import CalibrationError, ModelError, PackedError
 from halfbyte.layers import (
     FAKE_QUANT,
@@ -21,23 +22,31 @@ from halfbyte.layers import (
     LayerReport,
     check_finite,
     follow_timesteps,
+    matrix_shape,
     matrix_to_weight,
     module_kind,
     swap,
     unsupported,
     weight_to_matrix,
 )
+from halfbyte.methods.adaround import AdaRounding
+from halfbyte.methods.attention import attention_modules, quantize_attention
+from halfbyte.methods.blocks import find_blocks, reconstruct_blocks
 from halfbyte.methods.gptq import gptq
 from halfbyte.methods.low_rank import low_rank_branch
+from halfbyte.methods.modiff import follow_differences
 from halfbyte.methods.msfp import fixed_scale, search_layer
 from halfbyte.methods.smooth import scale_inputs, search_strength, smooth_factors, weight_absmax
 from halfbyte.metrics import sqnr
 from halfbyte.quantizers import FixedScale, weight_scale
-from halfbyte.recipe import LayerSpec, Recipe
+from halfbyte.recipe import LayerSpec, Recipe, Reconstruction
 from halfbyte.runtime.backends import backend
 from halfbyte.runtime.layers import Packed, pack_layer
+from halfbyte.splitting import owner_of, split_layers
 from halfbyte.targets import TARGETS, Target
+from halfbyte.tracing import find_concatenations
 
+SIMULATED_ATTRIBUTE = "_halfbyte_simulated"  # on models with options that have no packed form: why, in words
 Progress = Callable[[int, int], None]  # (done, total)
 
 
@@ -49,6 +58,7 @@ class Result:
     recipe: Recipe
     layers: list[LayerReport]
     statistics: Mapping[str, InputStatistics] = field(default_factory=dict, repr=False)
+    notes: list[str] = field(default_factory=list)  # what else was done to the model, in words
 
     def table(self) -> str:
         """The layers as text, one line each."""
@@ -59,7 +69,8 @@ class Result:
             shape = "x".join(map(str, layer.shape))
             rows.append((layer.name, layer.kind, shape, became, f"{layer.bits:.2f}", quality, layer.reason))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(lines + self.notes)
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, Any]:
@@ -76,7 +87,7 @@ def edges_of(model: nn.Module) -> tuple[Target, str]:
     kind = type(model).__name__
     if kind in TARGETS:
         return TARGETS[kind], f"the table of architectures ({kind})"
-    names = list(quantizable_layers(model))
+    names = [owner_of(model, name) for name in quantizable_layers(model)]
     ends = dict.fromkeys([names[0], names[-1]]) if names else {}
     return Target(edges=tuple(f"^{re.escape(name)}$" for name in ends)), "first and last in the order of definition"
 
@@ -102,12 +113,15 @@ def decide_by(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], De
         return recipe.inner, "recipe"
 
     def decide(name: str, layer: nn.Module) -> Decision:
-        spec, reason = choose(name)
+        owner = owner_of(model, name)
+        spec, reason = choose(owner)
+        if owner != name:
+            reason += f"; reads part {int(name.rpartition('.')[2]) + 1} of the concatenation that {owner} reads"
         if spec is None or not isinstance(layer, TRANSPOSED):
             return spec, reason
-        if spec.weight.rounding == "gptq":
+        if spec.weight.rounding != "nearest":
             spec = spec.replace(weight=spec.weight.replace(rounding="nearest"))
-            reason += "; rounded to nearest, as GPTQ has no Hessian of a transposed convolution"
+            reason += "; rounded to nearest, as there is no Hessian of a transposed convolution"
         if recipe.smooth == "search":
             reason += "; not smoothed, as the output of a transposed convolution cannot be sampled row by row"
         if recipe.search is not None and recipe.search.objective == "output":
@@ -124,6 +138,23 @@ def specs_of(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
     return {name: spec for name, spec in chosen.items() if spec is not None}
 
 
+def split_concatenations(model: nn.Module, recipe: Recipe, call: Call) -> None:
+    """Put a `Split` in place of every convolution that a recipe quantizes and that reads a concatenation, in place."""
+    layers, wanted = quantizable_layers(model), specs_of(model, recipe)
+    names = [name for name in wanted if isinstance(layers[name], (nn.Conv1d, nn.Conv2d)) and layers[name].groups == 1]
+    with evaluating(model), torch.no_grad():
+        run = partial(run_call, model, call)
+        found = find_concatenations(model, names, run, lambda layer: -1 - len(layer.kernel_size))  # type: ignore[arg-type]
+    split_layers(model, found)
+
+
+def hessian_layers(model: nn.Module, recipe: Recipe) -> list[str]:
+    """The layers whose Hessian a recipe needs: those rounded by GPTQ, or by AdaRound and not as part of a block."""
+    blocks = tuple(f"{name}." for name in find_blocks(model)) if recipe.by_block else ()
+    rounding = {name: spec.weight.rounding for name, spec in specs_of(model, recipe).items()}
+    return [name for name, how in rounding.items() if how == "gptq" or (how == "adaround" and not name.startswith(blocks))]
+
+
 def sampled_layers(model: nn.Module, recipe: Recipe) -> list[str]:
     """The layers whose contraction rows a recipe needs, to judge by the error of their outputs."""
     layers = quantizable_layers(model)
@@ -135,13 +166,17 @@ def simulate(
     recipe: Recipe,
     statistics: Mapping[str, InputStatistics] | None = None,
     progress: Progress | None = None,
+    calls: Sequence[Call] = (),
+    seed: int = 0,
 ) -> Result:
     """Replace the layers of a model by trainable ones that round as the recipe says, in place.
 
     Weights are checked before anything is changed: a NaN leaves the model as it was.
 
     Args:
-        statistics: of the inputs of the layers; needed by recipes with smoothing, GPTQ, a grid search or calibrated scales.
+        statistics: of the inputs of the layers; needed by recipes with smoothing, GPTQ, AdaRound, a grid search or calibrated
+            scales.
+        calls: of the model, for recipes that reconstruct blocks. seed: of the order in which they take them.
     Raises:
         NonFiniteError: when a weight holds a NaN or an infinity; names it.
         CalibrationError: when the recipe needs statistics of a layer and they are not given.
@@ -161,28 +196,77 @@ def simulate(
     quality: dict[str, float] = {}
     searched: dict[str, GridChoice] = {}
     choose, target = decide_by(model, recipe), edges_of(model)[0]
+    teacher = copy.deepcopy(model) if recipe.by_block else None
+    rounding = AdaRounding(recipe.reconstruction or Reconstruction(), _rounding_work(model, recipe))
 
     def decide(name: str, layer: nn.Module) -> Decision:
         spec, reason = choose(name, layer)
-        own = any(re.search(one.pattern, name) for one in recipe.overrides)
-        if spec is None or recipe.search is None or own or target.is_edge(name):
+        owner = owner_of(model, name)
+        own = any(re.search(one.pattern, owner) for one in recipe.overrides)
+        if spec is None or recipe.search is None or own or target.is_edge(owner):
             return spec, reason
         spec, searched[name] = search_layer(spec, float_matrix(layer), known[name], recipe.search)
         return spec, f"{reason}; {searched[name].one_sided}" if searched[name].one_sided else reason
 
     def convert(name: str, layer: Any, spec: LayerSpec) -> nn.Module:
-        made = make_fake_quant(name, layer, spec, recipe.smooth, known.get(name), searched.get(name))
+        made = make_fake_quant(name, layer, spec, recipe.smooth, known.get(name), searched.get(name), rounding)
         quality[name] = sqnr(float_matrix(layer), made.quantized_weight().dequantize())
         if progress:
             progress(len(quality), len(layers))
         return made  # type: ignore[no-any-return]
 
     reports = swap(model, decide, convert)
-    for report in reports:
-        report.weight_sqnr, report.choice = quality.get(report.name), searched.get(report.name)
     if timesteps:
         follow_timesteps(model, timesteps)
-    return Result(model, recipe, reports, known)
+    if teacher is not None:
+        rounding.notes |= _round_blocks(model, teacher, calls, rounding.settings, seed, progress, quality)
+    for report in reports:
+        report.weight_sqnr, report.choice = quality.get(report.name), searched.get(report.name)
+        report.reason += f"; {rounding.notes[report.name]}" if report.name in rounding.notes else ""
+    return Result(model, recipe, reports, known, _simulate_options(model, recipe))
+
+
+def _simulate_options(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Switch on what a recipe asks for beyond its layers, and which has no packed form; what was done, in words."""
+    notes = []
+    if recipe.attention is not None:
+        names = [name for name in attention_modules(model) if not any(re.search(pattern, name) for pattern in recipe.keep)]
+        quantize_attention(model, recipe.attention, names)
+        notes += [f"{name}  attention products, simulated: {recipe.attention.describe()}" for name in names]
+    if recipe.temporal:
+        follow_differences(model)
+        notes.append("all quantized inputs  simulated: what they changed by since the last timestep is quantized (MoDiff)")
+    if notes:
+        setattr(model, SIMULATED_ATTRIBUTE, recipe.simulated_only())
+    return notes
+
+
+def _rounding_work(model: nn.Module, recipe: Recipe) -> dict[str, int]:
+    """Multiplications that one step of AdaRound takes, for each layer that is rounded alone."""
+    specs, layers = specs_of(model, recipe), quantizable_layers(model)
+    shapes = {name: matrix_shape(layers[name]) for name in hessian_layers(model, recipe)}
+    return {name: rows * count**2 for name, (rows, count) in shapes.items() if specs[name].weight.rounding == "adaround"}
+
+
+def _round_blocks(
+    model: nn.Module,
+    teacher: nn.Module,
+    calls: Sequence[Call],
+    settings: Reconstruction,
+    seed: int,
+    progress: Progress | None,
+    quality: dict[str, float],
+) -> dict[str, str]:
+    """AdaRound of the blocks of a model; what became of each of their layers, in words. Their weights' SQNR is entered anew."""
+    found = reconstruct_blocks(model, teacher, find_blocks(model), calls, settings, seed, progress)
+    notes = {}
+    for name, layer in model.named_modules():
+        block = next((block for block in found if name.startswith(f"{block}.")), None)
+        if block is not None and isinstance(layer, FakeQuant) and layer.spec.weight.rounding == "adaround":
+            notes[name] = found[block]
+            exact = float_matrix(teacher.get_submodule(name))
+            quality[name] = sqnr(exact, layer.quantized_weight().dequantize())
+    return notes
 
 
 def float_matrix(layer: Any) -> Tensor:
@@ -201,9 +285,9 @@ def _timesteps(statistics: Mapping[str, InputStatistics]) -> list[float]:
 def _check_statistics(
     model: nn.Module, specs: Mapping[str, LayerSpec], recipe: Recipe, statistics: Mapping[str, InputStatistics]
 ) -> None:
-    sampled = sampled_layers(model, recipe)
+    sampled, hessians = sampled_layers(model, recipe), hessian_layers(model, recipe)
     for name, spec in specs.items():
-        found, compensate = statistics.get(name), spec.weight.rounding == "gptq"
+        found, compensate = statistics.get(name), name in hessians
         if (recipe.smooth is not None or compensate) and (found is None or found.channel_absmax is None):
             raise CalibrationError(
                 f"recipe {recipe.name!r} smooths or compensates {name!r} and needs statistics; pass calibration="
@@ -227,6 +311,7 @@ def make_fake_quant(
     smooth: float | str | None = None,
     statistics: InputStatistics | None = None,
     choice: GridChoice | None = None,
+    rounding: AdaRounding | None = None,
 ) -> Any:
     """The trainable twin of one float layer: smoothed and compensated where asked, with the scales of its spec or of a search.
 
@@ -243,7 +328,7 @@ def make_fake_quant(
             factors = found(float(smooth))
         layer.weight = nn.Parameter(layer.weight.clone(), layer.weight.requires_grad)
         input_scale = scale_inputs(layer, factors)
-    if spec.weight.rounding == "gptq" and statistics is not None and statistics.hessian is not None:
+    if spec.weight.rounding != "nearest" and statistics is not None and statistics.hessian is not None:
         hessian = statistics.hessian.double()
         if input_scale is not None:
             groups, count = hessian.shape[:2]
@@ -255,7 +340,7 @@ def make_fake_quant(
         matrix = float_matrix(layer)
         branch = low_rank_branch(matrix, spec.low_rank)
         layer.weight = nn.Parameter(matrix_to_weight(layer, matrix - branch).to(layer.weight.dtype), layer.weight.requires_grad)
-    made = kind.from_float(layer, spec) if hessian is None else _compensated(kind, layer, spec, hessian, name)
+    made = kind.from_float(layer, spec) if hessian is None else _compensated(kind, layer, spec, hessian, name, rounding)
     made.input_scale, made.low_rank = input_scale, branch
     if choice is not None and spec.activation is not None and spec.activation.scale == "static":
         made.fix_scale(FixedScale(torch.tensor([choice.input_scale]), torch.tensor([choice.input_zero])))
@@ -264,14 +349,21 @@ def make_fake_quant(
     return made
 
 
-def _compensated(kind: type[FakeQuant], layer: Any, spec: LayerSpec, hessian: Tensor, name: str) -> Any:
-    """A trainable layer whose weights are GPTQ's, under scales found before; hessian: float64 (groups, K, K)."""
+def _compensated(
+    kind: type[FakeQuant], layer: Any, spec: LayerSpec, hessian: Tensor, name: str, rounding: AdaRounding | None
+) -> Any:
+    """A trainable layer whose weights are GPTQ's or AdaRound's, under scales found before; hessian: float64 (groups, K, K)."""
     matrix = weight_to_matrix(layer, layer.weight.float())
     scale = weight_scale(matrix, spec.weight)
-    groups = zip(matrix.chunk(len(hessian)), hessian, scale.chunk(len(hessian)), strict=True)
-    parts = [gptq(part, own, spec.weight, scaling, order="activation", name=name) for part, own, scaling in groups]
+    if spec.weight.rounding == "adaround":
+        rounding = rounding or AdaRounding(Reconstruction(), {name: 1})
+        rounded = rounding.round(matrix, hessian, spec.weight, scale, name)
+    else:
+        groups = zip(matrix.chunk(len(hessian)), hessian, scale.chunk(len(hessian)), strict=True)
+        parts = [gptq(part, own, spec.weight, scaling, order="activation", name=name) for part, own, scaling in groups]
+        rounded = torch.cat(parts)
     made = kind.from_float(layer, spec, scale)
-    made.weight = nn.Parameter(matrix_to_weight(layer, torch.cat(parts)).to(layer.weight.dtype), layer.weight.requires_grad)
+    made.weight = nn.Parameter(matrix_to_weight(layer, rounded).to(layer.weight.dtype), layer.weight.requires_grad)
     return made
 
 
@@ -284,6 +376,9 @@ def pack(model: nn.Module) -> nn.Module:
     found = [(name, layer) for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, FakeQuant)]
     if not found:
         raise PackedError(f"this {type(model).__name__} has no trainable quantized layers; quantize it with simulate=True first")
+    simulated = getattr(model, SIMULATED_ATTRIBUTE, None)
+    if simulated:
+        raise PackedError(f"this {type(model).__name__} cannot be packed: {simulated}; quantize it without")
     for name, layer in found:
         hindrance = layer.spec.simulated_only()
         if hindrance:

@@ -14,6 +14,7 @@ from halfbyte.errors import CorruptError, ModelError, RecipeError, listed
 from halfbyte.layers import FLOAT32_BUFFERS
 from halfbyte.recipe import LayerSpec, Recipe, get_recipe
 from halfbyte.runtime.layers import Packed, install, packed_shapes
+from halfbyte.splitting import split_layers, splits_of
 
 SAFETENSORS_DTYPES = {torch.uint8: "U8", torch.float32: "F32"}
 
@@ -68,6 +69,7 @@ class LayoutConfig:
             {name: layer.spec for name, layer in layers.items()},
             [name for name, layer in layers.items() if layer.input_scale is not None],
             list(timed[0].calibrated) if timed else [],
+            splits_of(model),
         )
         return made
 
@@ -93,6 +95,10 @@ def before_loading(model: nn.Module, config: LayoutConfig, files: Sequence[str |
         verify_hashes(paths[0].parent, config.files)
     config.files = {}  # they describe those shards only, not what is saved from this model later
     layout = config.layout
+    try:
+        split_layers(model, layout.splits)
+    except ModelError as error:
+        raise CorruptError(f"the checkpoint does not fit this {type(model).__name__}: {error}") from error
     install(model, layout.layers, layout.smoothed, layout.timesteps)
     if keep_in_float32 is not None:
         keep_in_float32.extend(FLOAT32_BUFFERS)

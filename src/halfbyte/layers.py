@@ -201,6 +201,7 @@ class FakeQuant(QuantizedLayer):
     weight: Any  # nn.Parameter; with a leading axis (sets,) where there are several
     bias: Any  # nn.Parameter or None
     weight_scale: Tensor  # float32 (O, 1 or groups)
+    difference: Any = None  # a methods.modiff.Difference, where only changes since the last timestep are quantized
     low_rank: Tensor | None  # float (O, K): the 16-bit branch, multiplied out; the weight is what it leaves
 
     @classmethod
@@ -264,7 +265,11 @@ class FakeQuant(QuantizedLayer):
             x = scale_input(layer, x, self.input_scale)
         if self.spec.activation is None:
             return x
-        rounded = round_activation(input_to_rows(layer, x.detach()), self.spec.activation, self.fixed_scale(x))
+        rows, activation, fixed = input_to_rows(layer, x.detach()), self.spec.activation, self.fixed_scale(x)
+        if self.difference is None:
+            rounded = round_activation(rows, activation, fixed)
+        else:
+            rounded = self.difference.round(rows, lambda part, scale: round_activation(part, activation, scale), fixed)
         return straight_through(x, rows_to_input(layer, rounded, x.shape).to(x.dtype))
 
     def add_branch(self, y: Tensor, x: Tensor) -> Tensor:

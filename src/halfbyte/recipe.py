@@ -4,111 +4,16 @@ A recipe says how weights and activations are quantized, and how the layers at t
 `PRESETS` holds the named ones. YAML and JSON forms are plain nested mappings of the fields; unknown keys are refused.
 """
 
-import dataclasses
 import json
 import math
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from halfbyte.errors import RecipeError, listed
+from halfbyte.fields import Fields
 from halfbyte.formats import Grid, get_grid
-
-Spec = TypeVar("Spec", bound="_Fields")
-
-
-class _Fields:
-    """Frozen dataclasses that check their field types and convert to and from plain mappings."""
-
-    def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            _check_type(f"{type(self).__name__}.{item.name}", getattr(self, item.name), hints[item.name])
-        self._check()
-
-    def _check(self) -> None:
-        """Cross-field rules; raises RecipeError."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able mapping of all fields."""
-        return typing.cast("dict[str, Any]", _plain(self))
-
-    @classmethod
-    def from_dict(cls: type[Spec], data: Any) -> Spec:
-        """The inverse of `to_dict`; missing keys take their defaults.
-
-        Raises:
-            RecipeError: when data is not a mapping, a key is unknown or a value has the wrong type.
-        """
-        if not isinstance(data, dict):
-            raise RecipeError(f"{cls.__name__} needs a mapping of its fields, got {type(data).__name__} {data!r}")
-        hints = typing.get_type_hints(cls)
-        unknown = set(data) - set(hints)
-        if unknown:
-            raise RecipeError(f"{cls.__name__} has no key {listed(unknown)}; its keys are {listed(hints)}")
-        required = {item.name for item in dataclasses.fields(cls) if item.default is item.default_factory is dataclasses.MISSING}  # type: ignore[arg-type]
-        if required - set(data):
-            raise RecipeError(f"{cls.__name__} needs a value for {listed(required - set(data))}")
-        values = {}
-        for key, value in data.items():
-            nested = next((t for t in (hints[key], *typing.get_args(hints[key])) if _is_spec(t)), None)
-            if nested is not None and isinstance(value, dict):
-                value = nested.from_dict(value)
-            values[key] = _entries(value, hints[key]) if isinstance(value, list) else value
-        return cls(**values)
-
-    def replace(self: Spec, **changes: Any) -> Spec:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
-
-
-def _is_spec(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, _Fields)
-
-
-def _entries(values: list[Any], hint: Any) -> tuple[Any, ...]:
-    """A list of a file as the tuple it stands for, its mappings as the specs that the annotation asks for."""
-    spec = next((part for part in typing.get_args(hint) if _is_spec(part)), None)
-    return tuple(spec.from_dict(value) if spec is not None and isinstance(value, dict) else value for value in values)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, _Fields):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}  # type: ignore[arg-type]
-    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    """Refuses a value that its annotation does not allow; ints pass as floats, bools never pass as ints."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    for option in options:
-        origin = typing.get_origin(option)
-        if origin is Literal:
-            if any(value == allowed and type(value) is type(allowed) for allowed in typing.get_args(option)):
-                return
-        elif origin is tuple:
-            if isinstance(value, tuple) and all(isinstance(entry, typing.get_args(option)[0]) for entry in value):
-                return
-        elif (option is float and isinstance(value, int) and not isinstance(value, bool)) or (
-            isinstance(value, option) and not (option is int and isinstance(value, bool))
-        ):
-            return
-    wanted = " or ".join(_type_words(option) for option in options)
-    raise RecipeError(f"{name} must be {wanted}, got {type(value).__name__} {value!r}")
-
-
-def _type_words(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(repr(allowed) for allowed in typing.get_args(hint))}"
-    if typing.get_origin(hint) is tuple:
-        kind = typing.get_args(hint)[0]
-        return "a tuple of " + ("strings" if kind is str else kind.__name__) + " (in a file: a list)"
-    return {type(None): "null", int: "an integer", float: "a number", str: "a string", bool: "true or false"}.get(
-        hint, f"a mapping of {getattr(hint, '__name__', hint)} fields"
-    )
 
 
 def _check_shift(owner: str, grid: Grid, max_shift: int, subgroup: int) -> None:
@@ -127,7 +32,7 @@ def _check_group_scale(owner: str, group: int, scale: str) -> None:
 
 
 @dataclass(frozen=True)
-class WeightSpec(_Fields):
+class WeightSpec(Fields):
     """How the weights of a layer are stored: one float32 scale an output channel, codes of `grid`, shifts where asked."""
 
     grid: str = "int4"
@@ -135,7 +40,8 @@ class WeightSpec(_Fields):
     subgroup: int = 16  # neighbouring values along K that share a shift
     scale: Literal["absmax", "search"] = "search"  # absmax: the largest weight takes the top level; search: least Lp error
     norm: float = 2.0  # p of the searched error
-    rounding: Literal["nearest", "gptq"] = "nearest"  # gptq: errors are compensated along K; needs calibration
+    # gptq: errors are compensated along K; adaround: up or down is optimized for every weight. Both need calibration
+    rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
     group: int = 0  # values along K that share a scale; 0: the whole channel. Anything else is simulated only
     group_scale: GroupScale = "float32"  # what the scales of groups are rounded to
     sets: int = 1  # versions of the weights, chosen by timestep (healed by LoRAs that were)
@@ -160,7 +66,7 @@ class WeightSpec(_Fields):
 
 
 @dataclass(frozen=True)
-class ActivationSpec(_Fields):
+class ActivationSpec(Fields):
     """How the input of a layer is quantized while the model runs.
 
     One float32 scale a token (the row of a linear layer) or an image (convolutions, whose K spans neighbouring pixels), taken from
@@ -213,7 +119,7 @@ def _describe(grid: str, max_shift: int, subgroup: int, group: int, scale: str) 
 
 
 @dataclass(frozen=True)
-class LayerSpec(_Fields):
+class LayerSpec(Fields):
     """Weights and input of one layer. `activation` null: the input stays in float."""
 
     weight: WeightSpec = field(default_factory=WeightSpec)
@@ -241,7 +147,7 @@ class LayerSpec(_Fields):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.weight.rounding == "gptq" or (self.activation is not None and self.activation.scale != "dynamic")
+        return self.weight.rounding != "nearest" or (self.activation is not None and self.activation.scale != "dynamic")
 
     def describe(self) -> str:
         branch = f" + rank {self.low_rank}" if self.low_rank else ""
@@ -249,7 +155,7 @@ class LayerSpec(_Fields):
 
 
 @dataclass(frozen=True)
-class GridSearch(_Fields):
+class GridSearch(Fields):
     """What MSFP searches for every inner layer: its grids, scales and zero points of least mean squared error."""
 
     weight_grids: tuple[str, ...] = ("e1m2", "e2m1", "e3m0")  # one for the layer, a scale an output channel
@@ -271,6 +177,53 @@ class GridSearch(_Fields):
             raise RecipeError(f"GridSearch: points must be at least 2 and skew 0 to 1, got {self.points} and {self.skew}")
 
 
+@dataclass(frozen=True)
+class Reconstruction(Fields):
+    """How the weights of a recipe with rounding `adaround` are optimized."""
+
+    unit: Literal["layer", "block"] = "layer"  # block: residual and transformer blocks as a whole, by the error of their output
+    iterations: int = 300  # for each layer or block; 0: single weights are turned while that helps, nothing is trained
+    seconds: float | None = None  # for the whole model, where that is less; the result then depends on the machine
+    learning_rate: float = 0.1
+    regularizer: float = 10.0  # weight of what pushes every choice to up or down
+    warmup: float = 0.2  # part of the iterations before that begins
+
+    def _check(self) -> None:
+        if (
+            self.iterations < 0
+            or (self.unit == "block" and not self.iterations)
+            or (self.seconds is not None and not 0 < self.seconds < math.inf)
+        ):
+            raise RecipeError(
+                "Reconstruction: iterations must be at least 0 (1 for blocks) and seconds above 0, got "
+                f"{self.iterations} and {self.seconds}"
+            )
+        if not (0 < self.learning_rate < math.inf and 0 <= self.regularizer < math.inf and 0 <= self.warmup < 1):
+            raise RecipeError(
+                "Reconstruction: learning_rate must be above 0, regularizer at least 0 and warmup 0 to below 1, got "
+                f"{self.learning_rate}, {self.regularizer} and {self.warmup}"
+            )
+
+
+@dataclass(frozen=True)
+class AttentionSpec(Fields):
+    """How attention's two matrix products are quantized; simulated."""
+
+    softmax: str | None = "uint8"  # unsigned grid of the softmax output, a scale a row; null: float
+    operands: str | None = None  # signed grid of queries and keys (a scale a token) and values (a scale a channel); null: float
+
+    def _check(self) -> None:
+        if self.softmax is not None and get_grid(self.softmax).signed:
+            raise RecipeError(f"AttentionSpec: softmax outputs are positive and take an unsigned grid, not {self.softmax!r}")
+        if self.operands is not None and not get_grid(self.operands).signed:
+            raise RecipeError(f"AttentionSpec: queries, keys and values need a signed grid, got {self.operands!r}")
+        if self.softmax is self.operands is None:
+            raise RecipeError("AttentionSpec: nothing to quantize; set softmax or operands, or the recipe's attention to null")
+
+    def describe(self) -> str:
+        return f"Q, K, V {self.operands or 'float'}; softmax {self.softmax or 'float'}"
+
+
 INT8 = LayerSpec(WeightSpec("int8", scale="absmax"), ActivationSpec("int8"))
 
 
@@ -282,7 +235,7 @@ def _check_pattern(owner: str, pattern: str) -> None:
 
 
 @dataclass(frozen=True)
-class LayerOverride(_Fields):
+class LayerOverride(Fields):
     """Layers that get a spec of their own, edges included."""
 
     pattern: str  # regular expression, searched in the layer name
@@ -293,7 +246,7 @@ class LayerOverride(_Fields):
 
 
 @dataclass(frozen=True)
-class Recipe(_Fields):
+class Recipe(Fields):
     """What happens to every layer of a model."""
 
     name: str
@@ -304,7 +257,11 @@ class Recipe(_Fields):
         None  # strength of SmoothQuant scaling, 0 to 1, or the best for each layer; calibrates
     )
     search: GridSearch | None = None  # choose the grids of every inner layer; needs calibration
+    reconstruction: Reconstruction | None = None  # how rounding `adaround` optimizes; null: as Reconstruction() does
     overrides: tuple[LayerOverride, ...] = ()  # layers with a spec of their own; the first that matches counts
+    split: bool = False  # convolutions that read a concatenation become a sum of one for each part; calibrates
+    attention: AttentionSpec | None = None  # quantize attention's products too; simulated only
+    temporal: bool = False  # quantize what an input changed by since the last timestep (MoDiff); simulated only
     keep: tuple[str, ...] = ()  # regular expressions of layer names to keep in float
 
     def _check(self) -> None:
@@ -315,12 +272,16 @@ class Recipe(_Fields):
             raise RecipeError("Recipe: a grid search needs inner activations with static or timestep scales, and no after_silu")
         if self.smooth is not None and any(s.activation and s.activation.scale != "dynamic" for s in self._layer_specs()):
             raise RecipeError("Recipe: smoothing changes inputs whose static or timestep scales are calibrated; set smooth to null")
+        if self.temporal and self.inner.activation is None and self.after_silu is None:
+            raise RecipeError("Recipe: differences over time are of quantized inputs, but inner inputs stay in float")
+        if self.reconstruction is not None and all(spec.weight.rounding != "adaround" for spec in self._layer_specs()):
+            raise RecipeError("Recipe: reconstruction is for weights with rounding 'adaround', and no layer has it")
         for pattern in self.keep:
             _check_pattern("Recipe: keep", pattern)
 
     @property
     def needs_calibration(self) -> bool:
-        return self.smooth is not None or any(spec.needs_calibration for spec in self._layer_specs())
+        return self.smooth is not None or self.split or any(spec.needs_calibration for spec in self._layer_specs())
 
     @property
     def by_output(self) -> bool:
@@ -341,12 +302,27 @@ class Recipe(_Fields):
 
     def simulated_only(self) -> str | None:
         """Why some layer of this recipe cannot run in exact integers (None: all can)."""
+        if self.attention is not None:
+            return "the quantized products of its attention exist in simulation only"
+        if self.temporal:
+            return "its differences over time exist in simulation only"
         return next((hindrance for hindrance in (spec.simulated_only() for spec in self._layer_specs()) if hindrance), None)
 
     def compensated(self) -> "Recipe":
         """This recipe with GPTQ error compensation of the inner weights; needs calibration."""
         weight = self.inner.weight.replace(rounding="gptq")
-        return self.replace(name=f"{self.name}+gptq", inner=self.inner.replace(weight=weight))
+        return self.replace(name=f"{self.name}+gptq", inner=self.inner.replace(weight=weight), reconstruction=None)
+
+    def adarounded(self, reconstruction: Reconstruction | None = None) -> "Recipe":
+        """This recipe with AdaRound of the inner weights; needs calibration."""
+        weight = self.inner.weight.replace(rounding="adaround")
+        inner = self.inner.replace(weight=weight)
+        return self.replace(name=f"{self.name}+adaround", inner=inner, reconstruction=reconstruction or self.reconstruction)
+
+    @property
+    def by_block(self) -> bool:
+        """Whether blocks are rounded as a whole."""
+        return self.reconstruction is not None and self.reconstruction.unit == "block"
 
     def smoothed(self, strength: float) -> "Recipe":
         """This recipe with SmoothQuant scaling of the inputs; needs calibration."""
@@ -365,6 +341,7 @@ class Recipe(_Fields):
 LZS_WEIGHT = WeightSpec("lzs4", max_shift=4)
 LZS_ACTIVATION = ActivationSpec("lzs4", max_shift=4)
 QUEST_WEIGHT = WeightSpec("int4", norm=2.4)
+ADAROUND_WEIGHT = QUEST_WEIGHT.replace(rounding="adaround")
 INTEGERS = GridSearch(("int4",), ("int4",), ("ue1m3",))  # no choice but the sign: symmetric, or unsigned with a zero point
 FP4 = LayerSpec(WeightSpec("e2m1"), ActivationSpec("e2m1", scale="static"))
 FP6 = LayerSpec(WeightSpec("e2m3"), ActivationSpec("e2m3", scale="static"))
@@ -402,6 +379,18 @@ PRESETS: dict[str, Recipe] = {
         Recipe("quest-w4a8", LayerSpec(QUEST_WEIGHT, ActivationSpec("int8", scale="timestep"))),
         Recipe("quest-w4a4", LayerSpec(QUEST_WEIGHT, ActivationSpec("int4", scale="timestep")), search=INTEGERS),
         Recipe("quest-paper-w4a4", LayerSpec(QUEST_WEIGHT, ActivationSpec("int4", scale="static")), search=INTEGERS),
+        Recipe(  # Q-Diffusion: AdaRound, scales shared over time, a product for each part of a skip concatenation
+            "qdiffusion-w4a8",
+            LayerSpec(ADAROUND_WEIGHT, ActivationSpec("int8", scale="static")),
+            search=GridSearch(("int4",), ("int8",), ("uint8",)),
+            split=True,
+        ),
+        Recipe(
+            "qdiffusion-w4a4",
+            LayerSpec(ADAROUND_WEIGHT, ActivationSpec("int4", scale="static")),
+            search=INTEGERS,
+            split=True,
+        ),
         Recipe("int4-w4a4", LayerSpec(WeightSpec("int4", scale="absmax"), ActivationSpec("int4"))),
         Recipe("int4-g64-w4a4", LayerSpec(WeightSpec("int4", scale="absmax", group=64), ActivationSpec("int4", group=64))),
         Recipe(  # Blackwell's format: blocks of 16 with e4m3 scales

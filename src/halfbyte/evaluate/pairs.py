@@ -14,6 +14,7 @@ from halfbyte.calibration import Call, find_denoiser, record_calls, sampler_argu
 from halfbyte.errors import EvaluationError, listed
 from halfbyte.layers import QuantizedLayer
 from halfbyte.metrics import SignalToNoise
+from halfbyte.splitting import owner_of
 from halfbyte.timestep import TimestepState
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -146,7 +147,10 @@ def prediction_sqnr(denoiser: nn.Module, states: States) -> tuple[float, list[tu
 
 @torch.inference_mode()
 def layer_sqnr(reference: nn.Module, quantized: nn.Module, calls: Sequence[Call]) -> dict[str, float]:
-    """SQNR in dB of each quantized layer's output, given the float model's input of that layer: the damage each does alone."""
+    """SQNR in dB of each quantized layer's output, given the float model's input of that layer: the damage each does alone.
+
+    Layers that were split count as a whole.
+    """
     found: dict[str, SignalToNoise] = {}
 
     def compare(name: str, layer: Any) -> Callable[..., None]:
@@ -155,9 +159,11 @@ def layer_sqnr(reference: nn.Module, quantized: nn.Module, calls: Sequence[Call]
 
         return look
 
-    layers = {name: layer for name, layer in quantized.named_modules() if isinstance(layer, QuantizedLayer)}
+    parts = {name: layer for name, layer in quantized.named_modules() if isinstance(layer, QuantizedLayer)}
+    owners = dict.fromkeys(owner_of(quantized, name) for name in parts)
+    layers = {name: quantized.get_submodule(name) for name in owners}
     handles = [reference.get_submodule(name).register_forward_hook(compare(name, layer)) for name, layer in layers.items()]
-    timesteps = {id(layer.timestep): layer.timestep for layer in layers.values() if layer.timestep is not None}
+    timesteps = {id(layer.timestep): layer.timestep for layer in parts.values() if layer.timestep is not None}
     handles += [state.attach(reference) for state in timesteps.values()]  # tables over time follow the model that is called
     try:
         for call in calls:

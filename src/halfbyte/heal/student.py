@@ -14,13 +14,14 @@ from halfbyte.errors import HealError
 from halfbyte.layers import FAKE_QUANT, FakeQuant, follow_timesteps, matrix_to_weight
 from halfbyte.methods.smooth import scale_inputs
 from halfbyte.runtime.layers import Packed
+from halfbyte.splitting import owner_of, split_layers, splits_of
 
 
 def load_student(folder: str | os.PathLike[str], teacher: Any) -> tuple[Any, nn.Module]:
     """The pipeline of a quantized folder, and a trainable copy of its denoiser.
 
-    Weights start from the float teacher's where the folder's are the nearest to them; those that were compensated (GPTQ) or healed
-    stay as they are. Scales, grids and tables are the folder's.
+    Weights start from the float teacher's where the folder's are the nearest to them; those that were compensated (GPTQ, AdaRound)
+    or healed stay as they are. Scales, grids and tables are the folder's.
 
     Raises:
         HealError: when folder and teacher differ in shape, or the folder is healed already.
@@ -32,6 +33,7 @@ def load_student(folder: str | os.PathLike[str], teacher: Any) -> tuple[Any, nn.
     if not layers:
         raise HealError(f"{folder} is not quantized; make a quantized folder with 'halfbyte quantize' first")
     check_shapes(packed, model)
+    split_layers(model, splits_of(packed))
     made: dict[nn.Module, FakeQuant] = {}
     names = dict(model.named_modules(remove_duplicate=False))
     for name, layer in layers.items():
@@ -68,8 +70,7 @@ def check_shapes(student: nn.Module, teacher: nn.Module) -> None:
     """Raises HealError unless both models have the same layers of the same shapes, and the teacher is a float one."""
     if any(isinstance(module, (FakeQuant, Packed)) for module in teacher.modules()):
         raise HealError(f"the teacher is a quantized {type(teacher).__name__}; healing learns from the float model")
-    ours = {name: tuple(module.weight.shape) for name, module in student.named_modules() if _has_weight(module)}
-    theirs = {name: tuple(module.weight.shape) for name, module in teacher.named_modules() if _has_weight(module)}
+    ours, theirs = _shapes(student), _shapes(teacher)
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
         if ours.get(name) != theirs.get(name):
             raise HealError(
@@ -91,6 +92,16 @@ def check_tables(student: nn.Module) -> None:
             raise HealError(
                 f"the {kind} input scales of {name} need {wanted}, found {found}; quantize the whole model again, with calibration"
             )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of a model by layer; those of split layers as they were before."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if _has_weight(module):
+            shape, owner = tuple(module.weight.shape), owner_of(model, name)
+            found[owner] = (shape[0], found[owner][1] + shape[1], *shape[2:]) if owner in found else shape
+    return found
 
 
 def _has_weight(module: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from halfbyte.api import RECIPE_ATTRIBUTE
 from halfbyte.calibration import Call, find_denoiser, record_calls
+from halfbyte.conversion import SIMULATED_ATTRIBUTE
 from halfbyte.errors import DivergedError, HealError, listed
 from halfbyte.heal.alignment import SelectiveSettings, align
 from halfbyte.heal.dfa import gamma_at
@@ -94,6 +95,8 @@ def heal(
     check_tables(model)
     if method == "quest" and dfa not in (None, "off"):
         raise HealError(f"quest has no denoising factors, got dfa {dfa!r}; leave it out, or heal with talora")
+    if getattr(model, SIMULATED_ATTRIBUTE, None):
+        raise HealError(f"this {type(model).__name__} cannot be healed: {getattr(model, SIMULATED_ATTRIBUTE)}; quantize it without")
     identity = _identity(model, teacher, prompts)
     run = {"prompts": prompts, "folder": output, "resume": resume, "identity": identity, "progress": progress}
     calls = record_calls(teacher, 1, settings.sampler_steps, prompts=prompts)

@@ -65,7 +65,7 @@ def gptq(
         CalibrationError: when shapes disagree, or the Hessian cannot be factored at any damping.
         RecipeError: when damp, block or order is none of those.
     """
-    _check(matrix, hessian, spec, scale, name)
+    check_inputs(matrix, hessian, spec, scale, name)
     if not 0 <= damp <= 1 or block < 1 or order not in ("natural", "activation"):
         raise RecipeError(
             f"gptq: damp must be 0 to 1, block at least 1 and order 'natural' or 'activation', got {damp}, {block} and {order!r}"
@@ -116,7 +116,7 @@ def _compensate(matrix: Tensor, factor: Tensor, spec: WeightSpec, scale: Tensor,
     return rounded.T.contiguous()
 
 
-def _check(matrix: Tensor, hessian: Tensor, spec: WeightSpec, scale: Tensor, name: str) -> None:
+def check_inputs(matrix: Tensor, hessian: Tensor, spec: WeightSpec, scale: Tensor, name: str) -> None:
     rows, count = matrix.shape
     groups = -(-count // spec.group) if spec.group else 1
     if hessian.shape != (count, count) or scale.shape != (rows, groups):
