@@ -33,6 +33,7 @@ CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 MAX_SHARD = "5GB"
 STATE = "halfbyte_state"  # the metadata key under which `write_state` keeps its entries
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 ShardError = SafetensorError  # what safetensors raises on a file that is none
 
 
@@ -54,13 +55,13 @@ def write_folder(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
     try:
         partial.mkdir(parents=True)
         write(partial)
-        _sync(partial)
+        sync(partial)
         partial.rename(final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         failure = _os_error(error)
         if failure is not None and not isinstance(error, CheckpointError):
-            raise CheckpointError(_disk_sentence(final, failure)) from error
+            raise CheckpointError(disk_sentence(final, failure)) from error
         raise
     return final
 
@@ -83,7 +84,7 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> Path:
         with contextlib.suppress(OSError):
             partial.unlink()
         if isinstance(error, OSError):
-            raise CheckpointError(_disk_sentence(final, error)) from error
+            raise CheckpointError(disk_sentence(final, error)) from error
         raise
     return final
 
@@ -97,13 +98,13 @@ def _os_error(error: BaseException) -> OSError | None:
     return None
 
 
-def _disk_sentence(path: Path, error: OSError) -> str:
+def disk_sentence(path: Path, error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return f"the disk is full: {path} was not written; free some space and run again"
     return f"{path} was not written: {error.strerror or error}"
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Have the operating system put every file on the disk before the rename makes them visible.
 
     Shards get the permissions the process gives other files; safetensors writes them readable by their owner alone.
@@ -340,6 +341,13 @@ def read_header(files: Iterable[Path]) -> dict[str, tuple[tuple[int, ...], str]]
     return found
 
 
+def dtype_order(dtypes: Iterable[torch.dtype]) -> list[str]:
+    """Safetensors' names of some dtypes in the order in which it puts them into a file (the wide ones first)."""
+    content = save({str(dtype): torch.zeros(1).to(dtype) for dtype in dtypes})
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return [entry["dtype"] for entry in header.values()]
+
+
 @contextlib.contextmanager
 def unreadable(file: Path) -> Iterator[None]:
     """Turns safetensors' own errors into a sentence that names the file."""
@@ -347,3 +355,12 @@ def unreadable(file: Path) -> Iterator[None]:
         yield
     except ShardError as error:
         raise CorruptError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from error
+
+
+def pickle_sentence(file: Path) -> str:
+    """Why a pickled checkpoint is refused, and how to convert it."""
+    return (
+        f"{file} is a pickled checkpoint, which can run any program when it is opened; convert it first, where you trust it: "
+        f'from safetensors.torch import save_file; save_file(torch.load("{file.name}", weights_only=True), '
+        f'"{file.stem}.safetensors")'
+    )

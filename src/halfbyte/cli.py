@@ -1,5 +1,6 @@
 """The `halfbyte` command: a shell over functions, no computation of its own."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,11 +103,15 @@ def _print_runs(results: dict[str, Any]) -> None:
     Console().print(table)
 
 
-@app.command(epilog="Examples:  halfbyte quantize my-model -o my-model-4bit    halfbyte quantize my-model -o out --recipe my.yaml")
+@app.command(
+    epilog="Examples:  halfbyte quantize my-model -o my-model-4bit    halfbyte quantize my-model -o out --recipe quartz-w4a8 "
+    "--text-encoders quartz-w4a8    halfbyte quantize my-model -o out --dry-run"
+)
 def quantize(
-    model: Annotated[Path, typer.Argument(help="Folder of a diffusers pipeline, or a model's name on the Hub.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the quantized pipeline.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a pipeline or component, a .safetensors file, or a name on the Hub.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the quantized model.")],
     recipe: Annotated[str, typer.Option(help="A preset, or a .json or .yaml file.")] = "quartz-w4a4",
+    text_encoders: Annotated[str | None, typer.Option(help="A recipe for the text encoders too, such as quartz-w4a8.")] = None,
     gptq: Annotated[bool, typer.Option("--gptq", help="Compensate rounding errors of the weights (minutes; calibrates).")] = False,
     smooth: Annotated[float | None, typer.Option(min=0, max=1, help="Strength of SmoothQuant scaling (calibrates).")] = None,
     calibrate: Annotated[int, typer.Option(min=1, help="Images to sample where the recipe needs calibration.")] = 16,
@@ -114,11 +119,15 @@ def quantize(
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps of the calibration.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the calibration.")] = 0,
     layers: Annotated[bool, typer.Option("--layers", help="Print what became of every layer.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would happen: layers, sizes, time, memory.")] = False,
+    config: Annotated[Path | None, typer.Option(help="For a .safetensors file: a diffusers folder of its architecture.")] = None,
 ) -> None:
-    """Quantize a pipeline and save it; load it with DiffusionPipeline.from_pretrained after `import halfbyte`."""
-    from halfbyte import api
-    from halfbyte.conversion import stored_bytes
-    from halfbyte.errors import OutputExistsError
+    """Quantize a model and save it; load it with DiffusionPipeline.from_pretrained after `import halfbyte`.
+
+    Recipes that need no calibration read and write folders a few rows at a time: models larger than memory are no matter.
+    """
+    from halfbyte.errors import HalfbyteError, OutputExistsError
     from halfbyte.recipe import get_recipe
 
     chosen = get_recipe(recipe)
@@ -126,9 +135,71 @@ def quantize(
     chosen = chosen if smooth is None else chosen.smoothed(smooth)
     if output.exists():
         raise OutputExistsError(f"{output} exists already; choose another output folder or remove it first")
+    if not chosen.needs_calibration and model.is_dir():
+        _quantize_streaming(model, output, chosen, text_encoders, resume, dry_run, layers)
+        return
+    if resume or dry_run or text_encoders:
+        option = "--resume" if resume else "--dry-run" if dry_run else "--text-encoders"
+        why = f"recipe {chosen.name!r} calibrates" if chosen.needs_calibration else f"{model} is not a folder"
+        raise HalfbyteError(f"{option} is for folders and recipes that need no calibration; {why}")
+    _quantize_in_memory(model, output, chosen, config, calibrate, _lines(prompts), steps, seed, layers)
+
+
+def _quantize_streaming(
+    model: Path, output: Path, recipe: Any, encoders: str | None, resume: bool, dry_run: bool, layers: bool
+) -> None:
+    from halfbyte.errors import StoppedError
+    from halfbyte.streaming.verb import forecast, prepare, quantize_folder
+
+    if dry_run:
+        job = prepare(model, recipe, encoders)
+        seen = forecast(job)
+        _print_tables(job)
+        for name, why in job.skipped.items():
+            typer.echo(f"left behind  {name}: {why}")
+        typer.echo(
+            f"{seen.input_bytes / 1e9:.2f} GB in, {seen.output_bytes / 1e9:.2f} GB out, about {seen.seconds:.0f} s and "
+            f"{seen.peak_bytes / 1e9:.1f} GB of memory here. Nothing was written."
+        )
+        return
+    try:
+        with progress() as report:
+            job = quantize_folder(model, output, recipe, encoders=encoders, resume=resume, progress=report)
+    except KeyboardInterrupt:
+        raise StoppedError("stopped; the same command with --resume continues", signal.SIGINT) from None
+    if layers:
+        _print_tables(job)
+    rows = [row for result in job.results.values() for row in result.layers]
+    kept = sum(row.spec is None for row in rows)
+    stored, plain = (sum(getattr(plan, name) for plan in job.plans.values()) for name in ("output_bytes", "input_bytes"))
+    typer.echo(
+        f"{len(rows) - kept} layers quantized, {kept} kept in float; {stored / 1e6:.2f} MB instead of {plain / 1e6:.2f} MB "
+        f"({stored / plain:.3f}x). Written to {output}"
+    )
+
+
+def _print_tables(job: Any) -> None:
+    for name, result in job.results.items():
+        typer.echo(f"{name or job.folder}\n{result.table()}\n")
+
+
+def _quantize_in_memory(
+    model: Path,
+    output: Path,
+    recipe: Any,
+    config: Path | None,
+    calibrate: int,
+    prompts: list[str],
+    steps: int,
+    seed: int,
+    layers: bool,
+) -> None:
+    from halfbyte import api
+    from halfbyte.conversion import stored_bytes
+
     with progress() as report:
-        pipe = api.load_float(model)
-        result = api.quantize(pipe, chosen, calibrate, prompts=_lines(prompts), steps=steps, seed=seed, progress=report)
+        pipe = api.load_float(model, config)
+        result = api.quantize(pipe, recipe, calibrate, prompts=prompts, steps=steps, seed=seed, progress=report)
     api.save(pipe, output)
     stored, plain = stored_bytes(result.model)
     if layers:

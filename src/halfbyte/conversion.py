@@ -33,10 +33,10 @@ from halfbyte.methods.msfp import fixed_scale, search_layer
 from halfbyte.methods.smooth import scale_inputs, search_strength, smooth_factors, weight_absmax
 from halfbyte.metrics import sqnr
 from halfbyte.quantizers import FixedScale, weight_scale
-from halfbyte.recipe import LayerSpec, Recipe
+from halfbyte.recipe import LayerOverride, LayerSpec, Recipe
 from halfbyte.runtime.backends import backend
 from halfbyte.runtime.layers import Packed, pack_layer
-from halfbyte.targets import TARGETS, Target
+from halfbyte.targets import TARGETS, Target, matches
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -81,16 +81,22 @@ def edges_of(model: nn.Module) -> tuple[Target, str]:
     return Target(edges=tuple(f"^{re.escape(name)}$" for name in ends)), "first and last in the order of definition"
 
 
+def override_of(recipe: Recipe, target: Target, name: str) -> LayerOverride | None:
+    """The recipe's own spec for a layer; those for groups of layers leave the edges alone."""
+    edge = target.is_edge(name)
+    found = (one for one in recipe.overrides if matches(one.pattern, name) and not (edge and one.pattern.startswith("@")))
+    return next(found, None)
+
+
 def decide_by(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], Decision]:
     """The rule of a recipe for a model: (name, layer) -> (spec or None, reason)."""
     target, source = edges_of(model)
-    keep = [re.compile(pattern) for pattern in recipe.keep]
 
     def choose(name: str) -> Decision:
-        matched = next((pattern.pattern for pattern in keep if pattern.search(name)), None)
+        matched = next((pattern for pattern in recipe.keep if matches(pattern, name)), None)
         if matched is not None:
             return None, f"the recipe keeps {matched!r}"
-        own = next((one for one in recipe.overrides if re.search(one.pattern, name)), None)
+        own = override_of(recipe, target, name)
         if own is not None:
             return own.spec, f"the recipe has a spec for {own.pattern!r}"
         if target.is_edge(name):
@@ -152,8 +158,8 @@ def simulate(
 
     def decide(name: str, layer: nn.Module) -> Decision:
         spec, reason = choose(name, layer)
-        own = any(re.search(one.pattern, name) for one in recipe.overrides)
-        if spec is None or recipe.search is None or own or target.is_edge(name):
+        own = override_of(recipe, target, name)
+        if spec is None or recipe.search is None or own is not None or target.is_edge(name):
             return spec, reason
         spec, searched[name] = search_layer(spec, float_matrix(layer), known[name], recipe.search)
         return spec, f"{reason}; {searched[name].one_sided}" if searched[name].one_sided else reason
