@@ -168,10 +168,10 @@ def test_the_module_runs_as_a_script():
 
 MISTAKES = {  # arguments, in a folder with model (float), packed, "file" and an empty folder -> words of the error
     "quantize model -o file/out": "file/out was not written: Not a directory",
-    "quantize packed -o out": "packed is quantized already; start from the float model",
+    "quantize packed -o out": "packed/unet is quantized already; start from the float model",
     "quantize file -o out": "file is not a diffusers pipeline",
-    "quantize strange -o out": "strange is neither the folder of a diffusers pipeline nor one on the Hub",
-    "quantize broken -o out": "broken is neither the folder of a diffusers pipeline nor one on the Hub",
+    "quantize strange -o out": "strange has no denoiser: model_index.json names none of unet, transformer",
+    "quantize broken -o out": "model_index.json is not JSON",
     "sample nowhere": "nowhere is not a folder; give the folder that",
     "sample empty": "empty is not a model: it has neither model_index.json nor config.json",
     "sample broken": "model_index.json is not JSON",

@@ -118,7 +118,12 @@ def test_a_pipeline_loads_scales_and_unloads(build):
 
     nothing = {"vae": None, "text_encoder": None, "tokenizer": None}
     flux = {**nothing, "scheduler": FlowMatchEulerDiscreteScheduler(), "text_encoder_2": None, "tokenizer_2": None}
-    sd = {**nothing, "scheduler": DDIMScheduler(), "safety_checker": None, "feature_extractor": None}
+    sd = {
+        **nothing,
+        "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
     for kind, part, name, others in (
         (FluxPipeline, "transformer", "FluxTransformer2DModel", flux),
         (StableDiffusionPipeline, "unet", "UNet2DConditionModel", {**sd, "requires_safety_checker": False}),

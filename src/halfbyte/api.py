@@ -1,15 +1,18 @@
 """The public verbs: quantize, save, load. They take a diffusers pipeline, a diffusers or transformers model, or any nn.Module."""
 
 import importlib
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from halfbyte import checkpoint, conversion
 from halfbyte.calibration import DENOISERS, Call, InputStatistics, Progress, collect, find_denoiser, record_calls
@@ -20,7 +23,10 @@ from halfbyte.layers import FakeQuant
 from halfbyte.recipe import Recipe, get_recipe
 
 # what bad folders raise
-LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError, checkpoint.ShardError)
+LOADING_ERRORS = (
+    OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError, ArithmeticError, AssertionError,
+    MemoryError, checkpoint.ShardError,
+)  # fmt: skip
 RECIPE_ATTRIBUTE = "_halfbyte_recipe"  # remembered on quantized modules, so that packing and saving them can tell
 
 
@@ -246,11 +252,41 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None, **options:
     kind = class_of(folder)
     verify(folder)
     try:
-        return kind.from_pretrained(str(folder), **options)
+        with at_most(4 * _stored_tensors(folder) + 1000):
+            return kind.from_pretrained(str(folder), **options)
     except HalfbyteError:
         raise
     except LOADING_ERRORS as error:
-        raise CheckpointError(f"{folder} cannot be loaded by {kind.__module__.partition('.')[0]}: {error}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{folder} cannot be loaded by {kind.__module__.partition('.')[0]}: {reason}") from error
+
+
+def _stored_tensors(folder: Path) -> int:
+    """Tensors in the shards of a component, or of all components of a pipeline."""
+    shards = (file for file in (*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")) if file.is_file())
+    return len(checkpoint.read_header(shards))
+
+
+@contextmanager
+def at_most(parameters: int) -> Iterator[None]:
+    """Refuses to build a model of many more parameters than its shards hold: a config may ask for a billion layers.
+
+    Raises:
+        CorruptError: from inside, as soon as there are more.
+    """
+    count = 0
+
+    def counted(module: nn.Module, *_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > parameters:
+            raise CorruptError(f"the config asks for more layers than the shards hold, one of them a {type(module).__name__}")
+
+    handle = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def class_of(folder: Path) -> Any:
@@ -282,6 +318,8 @@ def verify(folder: Path) -> None:
     """
     for config in (folder / checkpoint.CONFIG, *sorted(folder.glob(f"*/{checkpoint.CONFIG}"))):
         entry = checkpoint.read_json(config).get("quantization_config") if config.is_file() else None
+        if config.is_file():
+            checkpoint.verify_index(config.parent)
         if isinstance(entry, dict) and isinstance(entry.get("files"), dict):
             checkpoint.verify_hashes(config.parent, entry["files"])
 
@@ -320,3 +358,21 @@ def describe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, Any]]:
     if len(found) == 1:
         return main.recipe, main.layers
     return main.recipe, {f"{part}.{name}": spec for part, one in found.items() for name, spec in one.layers.items()}
+
+
+def stored_sizes(path: str | os.PathLike[str]) -> dict[str, int]:
+    """Bytes of every packed layer of a saved folder (bias aside), named as `describe` names them; only headers are read.
+
+    Raises:
+        CorruptError: when a shard is no safetensors file.
+    """
+    folder, (_, layers) = Path(path), describe(path)
+    found = dict.fromkeys(layers, 0)
+    for part in (folder, *sorted(config.parent for config in folder.glob(f"*/{checkpoint.CONFIG}"))):
+        header = checkpoint.read_header(file for file in sorted(part.glob("*.safetensors")) if file.is_file())
+        for key, (shape, dtype) in header.items():
+            name, _, leaf = key.rpartition(".")
+            owner = name if name in layers else f"{part.name}.{name}"
+            if owner in found and leaf != "bias":
+                found[owner] += math.prod(shape) * (1 if dtype == "U8" else 4)
+    return found

@@ -33,6 +33,7 @@ CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 MAX_SHARD = "5GB"
 STATE = "halfbyte_state"  # the metadata key under which `write_state` keeps its entries
+LARGEST_JSON = 1 << 26  # bytes; the index of 100,000 tensors takes a fifth of it
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 ShardError = SafetensorError  # what safetensors raises on a file that is none
 
@@ -149,6 +150,23 @@ def verify_hashes(folder: Path, files: Mapping[str, str]) -> None:
             raise CorruptError(f"{file} was truncated or altered: its SHA-256 is not the recorded one; copy the folder again")
 
 
+def verify_index(folder: Path) -> None:
+    """Check that every index of a folder names files of that folder only.
+
+    Raises:
+        CorruptError: when one names a file elsewhere, or one that is missing.
+    """
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise CorruptError(f"{index} has no weight_map of tensor names to files")
+        for name in set(names.values()):
+            if name in ("", "..") or Path(name).name != name:
+                raise CorruptError(f"{folder} lists a shard {name!r} outside its own folder; the checkpoint is not to be trusted")
+            if "\0" in name or not (folder / name).is_file():
+                raise CorruptError(f"{folder} lacks its shard {name!r}; copy the folder again")
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -156,7 +174,13 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: when it cannot be read. CorruptError: when it is not a JSON object.
     """
     try:
+        if os.path.exists(file) and not file.is_file():
+            raise CheckpointError(f"{file} cannot be read: it is no file")  # a pipe or a device might never end
+        if file.is_file() and file.stat().st_size > LARGEST_JSON:
+            raise CorruptError(f"{file} has {file.stat().st_size} bytes, too many for a config or an index")
         data = json.loads(file.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -410,16 +410,16 @@ def info(model: Annotated[Path | None, typer.Argument(help="Folder of a quantize
         for key, value in environment().items():
             typer.echo(f"{key:10} {value}")
         return
-    from halfbyte.api import describe
+    from halfbyte.api import describe, stored_sizes
     from halfbyte.runtime.cpu import hindrance_of
 
-    recipe, layers = describe(model)
-    typer.echo(f"recipe {recipe.name}: {len(layers)} packed layers")
+    (recipe, layers), sizes = describe(model), stored_sizes(model)
+    typer.echo(f"recipe {recipe.name}: {len(layers)} packed layers, {sum(sizes.values()) / 1e6:.2f} MB")
     width = max((len(name) for name in layers), default=0)
     for name, spec in layers.items():
         hindrance = hindrance_of(spec)
         note = f"  (reference backend: {hindrance})" if hindrance else ""
-        typer.echo(f"  {name.ljust(width)}  {spec.describe()}{note}")
+        typer.echo(f"  {name.ljust(width)}  {sizes[name] / 1e3:10.1f} KB  {spec.describe()}{note}")
 
 
 def main() -> None:

@@ -89,6 +89,8 @@ def before_loading(model: nn.Module, config: LayoutConfig, files: Sequence[str |
         CorruptError: when shards were altered, or a packed layer's tensor is missing, unknown or of the wrong shape or dtype.
     """
     paths = [Path(file) for file in files]
+    if len({path.parent for path in paths}) > 1:
+        raise CorruptError(f"the index of {paths[0].parent} lists shards outside one folder; the checkpoint is not to be trusted")
     if config.files and paths:
         verify_hashes(paths[0].parent, config.files)
     config.files = {}  # they describe those shards only, not what is saved from this model later

@@ -32,6 +32,7 @@ BUFFERS = (
 METADATA = {
     "__get__", "__repr__", "__len__", "__format__", "__hash__", "dim", "size", "stride", "numel", "nelement", "element_size",
     "get_device", "is_contiguous", "is_floating_point", "is_complex", "is_same_size", "detach", "expand", "requires_grad_",
+    "untyped_storage", "data_ptr", "is_pinned",
 }  # fmt: skip
 
 

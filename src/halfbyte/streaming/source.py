@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint import PICKLED, pickle_sentence, read_header, read_json, unreadable
+from halfbyte.checkpoint import PICKLED, pickle_sentence, read_header, read_json, unreadable, verify_index
 from halfbyte.errors import CorruptError, ModelError
 
 DTYPES = {
@@ -84,8 +84,6 @@ def open_component(folder: Path) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for file in weight_files(folder):
-        if not file.is_file():
-            raise CorruptError(f"{folder} lacks its shard {file.name}; copy the folder again")
         read_header([file])  # safetensors checks names, shapes, offsets and sizes against each other
         with unreadable(file), open(file, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
@@ -105,13 +103,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     indexes = _plain_first([file.name for file in folder.glob("*.safetensors.index.json")], ".safetensors.index.json")
     if indexes:
-        names = read_json(folder / indexes[0]).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise CorruptError(f"{folder / indexes[0]} has no weight_map of tensor names to files")
-        outside = next((name for name in names.values() if Path(name).name != name), None)
-        if outside is not None:
-            raise CorruptError(f"{folder} lists a shard {outside!r} outside its own folder; the checkpoint is not to be trusted")
-        return [folder / name for name in sorted(set(names.values()))]
+        verify_index(folder)
+        return [folder / name for name in sorted(set(read_json(folder / indexes[0])["weight_map"].values()))]
     singles = [file.name for file in folder.glob("*.safetensors") if not PART.search(file.stem)]
     singles = _plain_first(singles, ".safetensors")
     if singles:
