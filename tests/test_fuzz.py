@@ -5,6 +5,7 @@ a crash is seen. A case is a number: `python tests/test_fuzz.py FOLDER 17 1` rep
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -41,7 +42,7 @@ SCRAPS = (
     {"a": {}},
 )
 NAMES = ("../" + OUTSIDE, "/etc/passwd", "nowhere.safetensors", "", ".", "..", "a/../" + OUTSIDE, "config.json", "x\0y", 7, None)
-DIFFUSERS_OWN = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError)  # what it raises before halfbyte is asked
+DIFFUSERS_OWN = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError)  # raised before halfbyte is asked
 
 
 def places(value, path=()):
@@ -196,6 +197,18 @@ def forget_digests(folder):
         (folder / "config.json").write_text(json.dumps(config))
 
 
+def diffusers_reads(config):
+    """Whether the part of a config that is diffusers' own is as it was."""
+    try:
+        content = json.loads(config.read_text())
+        return {key: value for key, value in content.items() if key != "quantization_config"} == OWN_CONFIG
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+OWN_CONFIG: dict = {}  # of the undamaged folder
+
+
 def timed_out(*_):
     raise TimeoutError(f"more than {SECONDS} s of processor time")
 
@@ -218,9 +231,8 @@ def attempt(folder, arguments):
         "load": (lambda: run(hb.load(folder)), (HalfbyteError,)),
         "from_pretrained": (lambda: run(DiTTransformer2DModel.from_pretrained(str(folder))), (HalfbyteError, *DIFFUSERS_OWN)),
     }
-    own_config = b"num_layers" in ((folder / "config.json").read_bytes() if (folder / "config.json").is_file() else b"")
-    if not own_config:
-        del ways["from_pretrained"]  # without a good config of its own, diffusers' behaviour is not ours
+    if not all(path.is_file() for path in folder.iterdir()) or not diffusers_reads(folder / "config.json"):
+        del ways["from_pretrained"]  # what diffusers makes of pipes, devices and of its own part of the config is not ours to say
     for name, (way, allowed) in ways.items():
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
@@ -261,7 +273,10 @@ def main(source, first, count):
     signal.signal(signal.SIGPROF, timed_out)
     before = {path: path.read_bytes() for path in source.parent.iterdir() if path.is_file()}
     work = source.parent / "case"
+    OWN_CONFIG.update(json.loads((source / "config.json").read_text()))
+    del OWN_CONFIG["quantization_config"]
     for number in range(first, first + count):
+        faulthandler.dump_traceback_later(300, exit=True)  # waiting takes no processor time
         draw = random.Random(number)
         shutil.copytree(source, work / "model")
         if draw.random() < 0.6:

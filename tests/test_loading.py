@@ -12,7 +12,7 @@ import torch
 import halfbyte as hb
 from halfbyte.api import describe, stored_sizes
 from halfbyte.conversion import memory_bytes, packed_layers, stored_bytes
-from halfbyte.errors import CorruptError
+from halfbyte.errors import CheckpointError, CorruptError
 
 NAME = "UNet2DModel"
 
@@ -71,12 +71,14 @@ DEVICE_MAPS = ["cpu", {"": "cpu"}, "auto"]
 
 
 @pytest.mark.parametrize("device_map", DEVICE_MAPS, ids=str)
-def test_device_maps(packed, call, device_map):
-    from diffusers import UNet2DModel
+def test_device_maps(build, call, tmp_path, device_map):
+    from diffusers import FluxTransformer2DModel
 
-    folder, model = packed
-    expected = run(model, call(NAME))
-    assert torch.equal(run(UNet2DModel.from_pretrained(str(folder), device_map=device_map), call(NAME)), expected)
+    model, arguments = build("FluxTransformer2DModel"), call("FluxTransformer2DModel")
+    hb.quantize(model, "quartz-w4a8")
+    hb.save(model, tmp_path / "out", max_shard_size="30KB")
+    loaded = FluxTransformer2DModel.from_pretrained(str(tmp_path / "out"), device_map=device_map)
+    assert torch.equal(run(loaded, arguments), run(model, arguments))
 
 
 @pytest.mark.parametrize("buffers", [False, True])
@@ -114,7 +116,7 @@ def test_a_model_is_pushed_to_the_hub_as_it_is_saved(packed, monkeypatch, tmp_pa
         "_upload_folder",
         lambda self, working, name, **_: seen.update({name: {file.name: file.read_bytes() for file in Path(working).iterdir()}}),
     )
-    model.save_pretrained(tmp_path / "pushed", push_to_hub=True, repo_id="me/model", max_shard_size="30KB")
+    model.save_pretrained(str(tmp_path / "pushed"), push_to_hub=True, repo_id="me/model", max_shard_size="30KB")
     shards = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
     assert {name: content for name, content in seen["me/model"].items() if name.endswith(".safetensors")} == shards
     assert json.loads(seen["me/model"]["config.json"])["quantization_config"]["quant_method"] == "halfbyte"
@@ -135,9 +137,28 @@ def test_shards_elsewhere_are_refused_by_every_loader(packed, tmp_path):
     (tmp_path / "elsewhere.safetensors").write_bytes(shard.read_bytes())
     index = next(folder.glob("*.index.json"))
     index.write_text(index.read_text().replace(shard.name, "../elsewhere.safetensors"))
-    for load in (hb.load, lambda path: UNet2DModel.from_pretrained(str(path))):
-        with pytest.raises(CorruptError, match="not to be trusted"):
-            load(folder)
+    with pytest.raises(CorruptError, match="not to be trusted"):
+        hb.load(folder)
+    with pytest.raises(ValueError, match="not allowed"):  # diffusers looks first
+        UNet2DModel.from_pretrained(str(folder))
+
+
+def test_pickled_weights_are_never_opened(packed):
+    from diffusers import UNet2DModel
+
+    folder, model = packed
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
+        file.unlink()
+    torch.save(model.state_dict(), folder / "diffusion_pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="lacks its shard"):
+        hb.load(folder)
+    del config["quantization_config"]["files"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError):
+        hb.load(folder)
+    with pytest.raises(CorruptError, match="is no safetensors file"):
+        UNet2DModel.from_pretrained(str(folder))
 
 
 def test_a_config_of_a_billion_layers_is_refused_soon(packed):

@@ -156,15 +156,21 @@ def verify_index(folder: Path) -> None:
     Raises:
         CorruptError: when one names a file elsewhere, or one that is missing.
     """
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise CorruptError(f"{index} has no weight_map of tensor names to files")
-        for name in set(names.values()):
-            if name in ("", "..") or Path(name).name != name:
-                raise CorruptError(f"{folder} lists a shard {name!r} outside its own folder; the checkpoint is not to be trusted")
-            if "\0" in name or not (folder / name).is_file():
-                raise CorruptError(f"{folder} lacks its shard {name!r}; copy the folder again")
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
+        shards_of(index)
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files an index names, each in the folder of the index. Raises CorruptError as `verify_index` says."""
+    names, folder = read_json(index).get("weight_map"), index.parent
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CorruptError(f"{index} has no weight_map of tensor names to files")
+    for name in set(names.values()):
+        if name in ("", "..") or Path(name).name != name:
+            raise CorruptError(f"{folder} lists a shard {name!r} outside its own folder; the checkpoint is not to be trusted")
+        if "\0" in name or not (folder / name).is_file():
+            raise CorruptError(f"{folder} lacks its shard {name!r}; copy the folder again")
+    return [folder / name for name in sorted(set(names.values()))]
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def quantize(
     output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the quantized model.")],
     recipe: Annotated[str, typer.Option(help="A preset, or a .json or .yaml file.")] = "quartz-w4a4",
     text_encoders: Annotated[str | None, typer.Option(help="A recipe for the text encoders too, such as quartz-w4a8.")] = None,
+    vae: Annotated[str | None, typer.Option(help="A recipe for the autoencoder too, such as int8-w8a8.")] = None,
     gptq: Annotated[bool, typer.Option("--gptq", help="Compensate rounding errors of the weights (minutes; calibrates).")] = False,
     smooth: Annotated[float | None, typer.Option(min=0, max=1, help="Strength of SmoothQuant scaling (calibrates).")] = None,
     calibrate: Annotated[int, typer.Option(min=1, help="Images to sample where the recipe needs calibration.")] = 16,
@@ -136,23 +137,23 @@ def quantize(
     if output.exists():
         raise OutputExistsError(f"{output} exists already; choose another output folder or remove it first")
     if not chosen.needs_calibration and model.is_dir():
-        _quantize_streaming(model, output, chosen, text_encoders, resume, dry_run, layers)
+        _quantize_streaming(model, output, chosen, {"encoders": text_encoders, "vae": vae}, resume, dry_run, layers)
         return
-    if resume or dry_run or text_encoders:
-        option = "--resume" if resume else "--dry-run" if dry_run else "--text-encoders"
+    if resume or dry_run or text_encoders or vae:
+        option = "--resume" if resume else "--dry-run" if dry_run else "--text-encoders" if text_encoders else "--vae"
         why = f"recipe {chosen.name!r} calibrates" if chosen.needs_calibration else f"{model} is not a folder"
         raise HalfbyteError(f"{option} is for folders and recipes that need no calibration; {why}")
     _quantize_in_memory(model, output, chosen, config, calibrate, _lines(prompts), steps, seed, layers)
 
 
 def _quantize_streaming(
-    model: Path, output: Path, recipe: Any, encoders: str | None, resume: bool, dry_run: bool, layers: bool
+    model: Path, output: Path, recipe: Any, others: dict[str, Any], resume: bool, dry_run: bool, layers: bool
 ) -> None:
     from halfbyte.errors import StoppedError
     from halfbyte.streaming.verb import forecast, prepare, quantize_folder
 
     if dry_run:
-        job = prepare(model, recipe, encoders)
+        job = prepare(model, recipe, **others)
         seen = forecast(job)
         _print_tables(job)
         for name, why in job.skipped.items():
@@ -164,7 +165,7 @@ def _quantize_streaming(
         return
     try:
         with progress() as report:
-            job = quantize_folder(model, output, recipe, encoders=encoders, resume=resume, progress=report)
+            job = quantize_folder(model, output, recipe, **others, resume=resume, progress=report)
     except KeyboardInterrupt:
         raise StoppedError("stopped; the same command with --resume continues", signal.SIGINT) from None
     if layers:

@@ -98,7 +98,10 @@ def before_loading(model: nn.Module, config: LayoutConfig, files: Sequence[str |
     install(model, layout.layers, layout.smoothed, layout.timesteps)
     if keep_in_float32 is not None:
         keep_in_float32.extend(FLOAT32_BUFFERS)
-    if not paths or any(path.suffix != ".safetensors" for path in paths):
+    pickled = next((path for path in paths if path.suffix != ".safetensors"), None)
+    if pickled is not None:
+        raise CorruptError(f"{pickled} is no safetensors file, and halfbyte opens no other; the checkpoint is not to be trusted")
+    if not paths:
         return
     header, layers = read_header(paths), packed_layers(model)
     entries, smoothed = len(layout.timesteps), layout.smoothed

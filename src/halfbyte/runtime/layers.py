@@ -104,7 +104,7 @@ class Packed(Tiled, QuantizedLayer):
         made.plan = cpu.plan_for(made, spec)
         for name in BUFFERS:
             made.register_buffer(name, None)
-        made.register_buffer("weight_tiles", None, persistent=False)
+        made.register_buffer("weight_tiles", None)  # never saved: saving asks for the codes, which takes its place
         for name, (shape, dtype) in packed_shapes(layer, spec, smoothed, timesteps).items():
             setattr(made, name, torch.empty(shape, dtype=dtype, device=layer.weight.device))
         return made

@@ -6,14 +6,13 @@ Plain reads, not a memory map: pages of a map count as this process's memory unt
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint import PICKLED, pickle_sentence, read_header, read_json, unreadable, verify_index
+from halfbyte.checkpoint import PICKLED, pickle_sentence, read_header, shards_of, unreadable
 from halfbyte.errors import CorruptError, ModelError
 
 DTYPES = {
@@ -101,18 +100,11 @@ def weight_files(folder: Path) -> list[Path]:
 
     Where there are variants, the plain one counts. Raises ModelError and CorruptError as `open_component` says.
     """
-    indexes = _plain_first([file.name for file in folder.glob("*.safetensors.index.json")], ".safetensors.index.json")
+    indexes = sorted(folder.glob("*.safetensors.index*.json"), key=lambda file: (not file.name.endswith(".index.json"), file.name))
     if indexes:
-        verify_index(folder)
-        return [folder / name for name in sorted(set(read_json(folder / indexes[0])["weight_map"].values()))]
+        return shards_of(indexes[0])
     singles = [file.name for file in folder.glob("*.safetensors") if not PART.search(file.stem)]
-    singles = _plain_first(singles, ".safetensors")
     if singles:
-        return [folder / singles[0]]
+        return [folder / min(singles, key=lambda name: (name.removesuffix(".safetensors") not in STEMS, name))]
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     raise ModelError(pickle_sentence(folder / pickled[0]) if pickled else f"{folder} holds no .safetensors file")
-
-
-def _plain_first(names: Sequence[str], suffix: str) -> list[str]:
-    """File names, those without a variant (such as `.fp16`) first."""
-    return sorted(names, key=lambda name: (name.removesuffix(suffix) not in STEMS, name))

@@ -1,6 +1,7 @@
 """`halfbyte quantize` for recipes that need no data: a folder in, a folder out, the float model never in memory."""
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -27,8 +28,9 @@ from halfbyte.streaming.work import decibel, one_thread_each, run_parts, unfinis
 Progress = Callable[[str, int, int], None]
 WORK_BYTES = 24  # a weight in a worker's hands takes at its peak: stored, float32, units, levels, temporaries
 BASE_BYTES = 700 << 20  # torch and diffusers themselves
+SECOND = re.compile(r"_\d+$")  # Wan has a transformer and a transformer_2
 DISK_RATE = 1 << 30  # bytes a second that a run is assumed to read at most
-COPIED = (".json", ".txt", ".model", ".jinja", ".safetensors", ".md")
+COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".safetensors", ".md")
 
 
 @dataclass
@@ -49,11 +51,12 @@ class Job:
         return sum(part.values for plan in self.plans.values() for part in plan.parts)
 
 
-def prepare(model: str | os.PathLike[str], recipe: Any, encoders: Any = None) -> Job:
+def prepare(model: str | os.PathLike[str], recipe: Any, encoders: Any = None, vae: Any = None) -> Job:
     """Plan a folder in diffusers layout: a pipeline (its denoiser is quantized) or a single component.
 
     Args:
-        recipe: of the denoiser; encoders: of the text encoders, which are copied where it is None.
+        recipe: of the denoiser.
+        encoders, vae: of the text encoders and of the autoencoder, which are copied where it is None.
     Raises:
         ModelError: when there is nothing to quantize, weights are pickled, or the recipe needs data.
     """
@@ -63,20 +66,13 @@ def prepare(model: str | os.PathLike[str], recipe: Any, encoders: Any = None) ->
         if not (folder / checkpoint.CONFIG).is_file():
             raise ModelError(f"{folder} is not a model: it has neither model_index.json nor config.json")
         return Job(folder, {"": make_plan(folder, chosen)})
-    components = [
-        name
-        for name, entry in checkpoint.read_json(folder / "model_index.json").items()
-        if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
-    ]
-    outside = next((name for name in components if Path(name).name != name), None)
-    if outside is not None:
-        raise CorruptError(f"{folder} lists a component {outside!r} outside its own folder; the checkpoint is not to be trusted")
-    denoisers = [name for name in components if name in DENOISERS]
-    if not denoisers:
+    components = _components(folder)
+    wanted: dict[str, Recipe] = dict.fromkeys((name for name in components if SECOND.sub("", name) in DENOISERS), chosen)
+    if not wanted:
         raise ModelError(f"{folder} has no denoiser: model_index.json names none of {', '.join(DENOISERS)}")
-    wanted: dict[str, Recipe] = dict.fromkeys(denoisers, chosen)
-    if encoders is not None:
-        wanted |= {name: get_recipe(encoders) for name in components if name.startswith("text_encoder")}
+    for kind, own in (("text_encoder", encoders), ("vae", vae)):
+        if own is not None:
+            wanted |= {name: get_recipe(own) for name in components if name.startswith(kind)}
     job = Job(folder, {name: make_plan(folder / name, own) for name, own in wanted.items()}, ["model_index.json"])
     for name in components:
         if name not in wanted and (folder / name).is_dir():
@@ -84,18 +80,28 @@ def prepare(model: str | os.PathLike[str], recipe: Any, encoders: Any = None) ->
     return job
 
 
+def _components(folder: Path) -> list[str]:
+    """The components that a pipeline's index names and that are not null."""
+    entries = checkpoint.read_json(folder / "model_index.json").items()
+    found = [name for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None]
+    outside = next((name for name in found if Path(name).name != name), None)
+    if outside is not None:
+        raise CorruptError(f"{folder} lists a component {outside!r} outside its own folder; the checkpoint is not to be trusted")
+    return found
+
+
 def _choose_copies(job: Job, component: str) -> None:
     """The files of a component that is left as it is; variants and pickled doubles stay behind."""
     files = sorted(path for path in (job.folder / component).iterdir() if path.is_file())
-    plain = {path.name.split(".")[0] for path in files if path.suffix == ".safetensors" and path.name.count(".") == 1}
-    weights = [path for path in files if path.suffix == ".safetensors"]
+    weights = [path.name for path in files if path.suffix == ".safetensors"]
+    plain = any(name.count(".") == 1 for name in weights)
     for path in files:
-        name = f"{component}/{path.name}"
+        name, variant = f"{component}/{path.name}", path.name.count(".") > (3 if ".index." in path.name else 1)
         if path.suffix in checkpoint.PICKLED and not weights:
             raise ModelError(checkpoint.pickle_sentence(path))
-        if path.suffix in checkpoint.PICKLED:
+        if path.suffix in checkpoint.PICKLED or ".bin.index." in path.name:
             job.skipped[name] = "pickled; its safetensors twin is copied"
-        elif path.suffix == ".safetensors" and path.name.count(".") > 1 and path.name.split(".")[0] in plain:
+        elif plain and variant and ".safetensors" in path.name:
             job.skipped[name] = "a variant; the plain one is copied"
         elif path.suffix in COPIED:
             job.copies.append(name)
@@ -109,6 +115,7 @@ def quantize_folder(
     recipe: Any = "quartz-w4a4",
     *,
     encoders: Any = None,
+    vae: Any = None,
     resume: bool = False,
     max_shard: str = checkpoint.MAX_SHARD,
     progress: Progress | None = None,
@@ -118,7 +125,7 @@ def quantize_folder(
     Killed at any moment it can be continued with `resume=True` and ends at the same bytes.
 
     Args:
-        model, recipe, encoders: see `prepare`.
+        model, recipe, encoders, vae: see `prepare`.
         progress: called with (what is being done, units done, units in all).
     Returns:
         The job, the layer tables in its `results` filled in.
@@ -127,7 +134,7 @@ def quantize_folder(
     """
     final = Path(output)
     with locked(final) as work:
-        job = prepare(model, recipe, encoders)
+        job = prepare(model, recipe, encoders, vae)
         try:
             _run(job, work, _fingerprint(job, max_shard), resume, max_shard, progress)
         except HalfbyteError as error:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.layers import check_finite, weight_to_matrix
+from halfbyte.layers import TRANSPOSED, check_finite, weight_to_matrix
 from halfbyte.metrics import SignalToNoise
 from halfbyte.quantizers import quantize_weight, weight_scale
 from halfbyte.runtime.layers import packed_tensors
@@ -100,7 +100,11 @@ def _finish(parts: Sequence[Part], flying: Any, shards: Shards, record: Any, pro
 
 def read(part: Part) -> Tensor:
     """The bytes or rows of a part's source."""
-    return part.source.read(part.first, part.last) if part.layer is None else part.source.rows(part.first, part.last)
+    if part.layer is None:
+        return part.source.read(part.first, part.last)
+    if isinstance(part.layer, TRANSPOSED):  # its output channels are not the first axis; a part is the whole of it
+        return part.source.rows(0, part.source.shape[0])
+    return part.source.rows(part.first, part.last)
 
 
 @torch.no_grad()
