@@ -88,8 +88,13 @@ def damage_text(draw, text):
     )
 
 
+def regular(folder, pattern):
+    """The files that an earlier mutation has not replaced by a device."""
+    return [file for file in sorted(folder.glob(pattern)) if file.is_file()]
+
+
 def mutate_json(draw, folder):
-    file = draw.choice(sorted(folder.glob("*.json")))
+    file = draw.choice(regular(folder, "*.json"))
     if draw.random() < 0.7:
         file.write_text(edit_json(draw, json.loads(file.read_text())))
     else:
@@ -98,7 +103,7 @@ def mutate_json(draw, folder):
 
 def mutate_entry(draw, folder):
     """The quantization entry alone: what halfbyte itself reads."""
-    file = folder / "config.json"
+    file = regular(folder, "config.json")[0]
     content = json.loads(file.read_text())
     content["quantization_config"] = json.loads(edit_json(draw, content["quantization_config"]))
     file.write_text(json.dumps(content))
@@ -106,21 +111,21 @@ def mutate_entry(draw, folder):
 
 def mutate_names(draw, folder):
     """Shard names in the index or the list of digests."""
-    index = next(folder.glob("*.index.json"))
+    index = regular(folder, "*.index.json")[0]
     if draw.random() < 0.6:
         content = json.loads(index.read_text())
         for key in draw.sample(sorted(content["weight_map"]), draw.choice([1, 1, len(content["weight_map"])])):
             content["weight_map"][key] = draw.choice(NAMES)
         index.write_text(json.dumps(content))
     else:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads(regular(folder, "config.json")[0].read_text())
         config["quantization_config"].setdefault("files", {})[str(draw.choice(NAMES))] = draw.choice(["00", 5, None])
         (folder / "config.json").write_text(json.dumps(config))
 
 
 def mutate_header(draw, folder):
     """The header of a shard: its length, or an entry of it."""
-    shard = draw.choice(sorted(folder.glob("*.safetensors")))
+    shard = draw.choice(regular(folder, "*.safetensors"))
     raw = shard.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
@@ -148,7 +153,7 @@ def mutate_header(draw, folder):
 
 def mutate_bytes(draw, folder):
     """Shards cut off, extended, altered, swapped."""
-    shards = sorted(folder.glob("*.safetensors"))
+    shards = regular(folder, "*.safetensors")
     shard, action = draw.choice(shards), draw.randrange(5)
     raw = bytearray(shard.read_bytes())
     if action == 0:
@@ -191,8 +196,8 @@ MUTATIONS = (mutate_json, mutate_entry, mutate_names, mutate_header, mutate_byte
 
 def forget_digests(folder):
     """As `save_pretrained` leaves a folder: nothing tells that a shard was altered."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        config = json.loads((folder / "config.json").read_text())
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, AttributeError):
+        config = json.loads(regular(folder, "config.json")[0].read_text())
         del config["quantization_config"]["files"]
         (folder / "config.json").write_text(json.dumps(config))
 
@@ -200,7 +205,7 @@ def forget_digests(folder):
 def diffusers_reads(config):
     """Whether the part of a config that is diffusers' own is as it was."""
     try:
-        content = json.loads(config.read_text())
+        content = json.loads(config.read_text()) if config.is_file() else {}
         return {key: value for key, value in content.items() if key != "quantization_config"} == OWN_CONFIG
     except (OSError, ValueError, AttributeError, RecursionError):
         return False

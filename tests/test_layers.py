@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "halfbyte"
 ROOMS = (
     "errors", "formats", "packing", "recipe", "targets", "quantizers", "timestep", "layers", "metrics", "tracing", "calibration",
     "methods", "checkpoint", "runtime", "conversion", "hub", "diffusers_plugin", "diffusers_lora", "transformers_plugin", "api",
-    "streaming", "evaluate", "heal", "sensitivity", "report", "demo", "bench", "cli",
+    "streaming", "export", "evaluate", "heal", "sensitivity", "report", "demo", "bench", "cli",
 )
 # fmt: on
 

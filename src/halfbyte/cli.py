@@ -402,6 +402,18 @@ def bench(
         write_file(json_file, (json.dumps(results, indent=2) + "\n").encode())
 
 
+@app.command(epilog="Example:  halfbyte export my-model-4bit -o my-model-bf16")
+def export(
+    model: Annotated[Path, typer.Argument(help="Folder that `halfbyte quantize` wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the float model.")],
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+) -> None:
+    """Write a 4-bit model as an ordinary float one, for tools that know nothing of halfbyte. Its inputs are no longer rounded."""
+    from halfbyte.export import export as write
+
+    typer.echo(f"Written to {write(model, output, dtype)}")
+
+
 @app.command(epilog="Examples:  halfbyte info    halfbyte info my-model-4bit")
 def info(model: Annotated[Path | None, typer.Argument(help="Folder of a quantized pipeline or component.")] = None) -> None:
     """Without MODEL: the backend and why. With MODEL: what the checkpoint holds, layer by layer."""
