@@ -253,7 +253,7 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None, **options:
     verify(folder)
     try:
         with at_most(4 * _stored_tensors(folder) + 1000):
-            return kind.from_pretrained(str(folder), **{"use_safetensors": True, **options})
+            return kind.from_pretrained(str(folder), **{**options, "use_safetensors": True})
     except HalfbyteError:
         raise
     except LOADING_ERRORS as error:

@@ -31,6 +31,7 @@ class HalfbyteQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = bool(quantization_config.layers)  # `from_single_file` does not say
         self.checkpoint_files: list[str] = []
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Any) -> list[str]:
