@@ -128,7 +128,7 @@ def quantize(
 
     Recipes that need no calibration read and write folders a few rows at a time: models larger than memory are no matter.
     """
-    from halfbyte.errors import HalfbyteError, OutputExistsError
+    from halfbyte.errors import HalfbyteError, OutputExistsError, UnstreamableError
     from halfbyte.recipe import get_recipe
 
     chosen = get_recipe(recipe)
@@ -136,10 +136,16 @@ def quantize(
     chosen = chosen if smooth is None else chosen.smoothed(smooth)
     if output.exists():
         raise OutputExistsError(f"{output} exists already; choose another output folder or remove it first")
+    only_streaming = resume or dry_run or text_encoders or vae
     if not chosen.needs_calibration and model.is_dir():
-        _quantize_streaming(model, output, chosen, {"encoders": text_encoders, "vae": vae}, resume, dry_run, layers)
-        return
-    if resume or dry_run or text_encoders or vae:
+        try:
+            _quantize_streaming(model, output, chosen, {"encoders": text_encoders, "vae": vae}, resume, dry_run, layers)
+            return
+        except UnstreamableError as reason:
+            if only_streaming:
+                raise
+            typer.echo(f"{reason}; quantizing in memory")
+    elif only_streaming:
         option = "--resume" if resume else "--dry-run" if dry_run else "--text-encoders" if text_encoders else "--vae"
         why = f"recipe {chosen.name!r} calibrates" if chosen.needs_calibration else f"{model} is not a folder"
         raise HalfbyteError(f"{option} is for folders and recipes that need no calibration; {why}")

@@ -14,7 +14,15 @@ from safetensors.torch import load_file, save_file
 
 import halfbyte as hb
 from halfbyte import quantizers
-from halfbyte.errors import CheckpointError, CorruptError, ModelError, NonFiniteError, OutputExistsError, ResumeError
+from halfbyte.errors import (
+    CheckpointError,
+    CorruptError,
+    ModelError,
+    NonFiniteError,
+    OutputExistsError,
+    ResumeError,
+    UnstreamableError,
+)
 from halfbyte.streaming import plan as plan_room
 from halfbyte.streaming.verb import forecast, prepare, quantize_folder
 
@@ -230,7 +238,7 @@ def alter_shards(folder, change):
 
 
 BROKEN = {
-    "a tensor is missing": (lambda t: t.pop("conv_in.weight"), ModelError, r"its shards have no conv_in\.weight"),
+    "a tensor is missing": (lambda t: t.pop("conv_in.weight"), UnstreamableError, r"its shards have no conv_in\.weight"),
     "a wrong shape": (lambda t: t.update({"conv_in.bias": torch.zeros(3)}), CorruptError, r"conv_in\.bias has the shape \(3,\)"),
     "rounded weights": (
         lambda t: t.update({"conv_in.weight": t["conv_in.weight"].to(torch.float8_e4m3fn)}),
@@ -317,3 +325,29 @@ def test_a_full_disk_can_be_continued(model, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(Shards, "write", write)
     finish(model, tmp_path / "out")
     assert content(tmp_path / "out") == expected
+
+
+def test_old_names_are_left_to_diffusers(pipe, tmp_path, monkeypatch, capsys):
+    """Attention layers of old checkpoints have other names, which diffusers changes while loading."""
+    from halfbyte import cli
+
+    pipe.save_pretrained(tmp_path / "float")
+    file = tmp_path / "float" / "unet" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(file)
+    for key in [key for key in tensors if "attentions" in key]:
+        name = next((key.replace(new, before) for new, before in old.items() if new in key), key)
+        tensors[name] = tensors.pop(key)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UnstreamableError, match="cannot be read tensor by tensor"):
+        quantize_folder(tmp_path / "float", tmp_path / "out", "int4-w4a4")
+    for options, code in ((["--resume"], 1), ([], 0)):
+        monkeypatch.setattr(sys, "argv", ["halfbyte", "quantize", str(tmp_path / "float"), "-o", str(tmp_path / "out"), *options])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert (stop.value.code or 0) == code
+    assert "quantizing in memory" in capsys.readouterr().out
+    hb.quantize(pipe, "quartz-w4a4")
+    loaded = hb.load(tmp_path / "out").unet
+    expected = pipe.unet.state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte import checkpoint
-from halfbyte.api import LOADING_ERRORS, class_of, plugin_of
+from halfbyte.api import LOADING_ERRORS, at_most, class_of, plugin_of
 from halfbyte.conversion import Result, decide_by
-from halfbyte.errors import CorruptError, HalfbyteError, ModelError
+from halfbyte.errors import CorruptError, HalfbyteError, ModelError, UnstreamableError
 from halfbyte.layers import TRANSPOSED, matrix_shape, module_kind, swap
 from halfbyte.quantizers import CACHED_VALUES
 from halfbyte.recipe import LayerSpec, Recipe
@@ -79,7 +79,8 @@ def make_plan(folder: Path, recipe: Recipe) -> Plan:
     """
     check_data_free(recipe)
     sources = open_component(folder)
-    model = empty_model(folder)
+    with at_most(4 * len(sources) + 1000):
+        model = empty_model(folder)
     names = _names(model.state_dict(keep_vars=True))
     found = {key: next((sources[name] for name in group if name in sources), None) for key, group in names.items()}
     _check(folder, model, found)
@@ -144,7 +145,7 @@ def _check(folder: Path, model: nn.Module, found: Mapping[str, Stored | None]) -
     for key, tensor in model.state_dict().items():
         stored = found[key]
         if stored is None:
-            raise ModelError(
+            raise UnstreamableError(
                 f"{folder} cannot be read tensor by tensor: its shards have no {key}, which a {type(model).__name__} of today has"
             )
         if stored.shape != tuple(tensor.shape):

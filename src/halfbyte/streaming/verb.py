@@ -27,7 +27,7 @@ from halfbyte.streaming.work import decibel, one_thread_each, run_parts, unfinis
 
 Progress = Callable[[str, int, int], None]
 WORK_BYTES = 24  # a weight in a worker's hands takes at its peak: stored, float32, units, levels, temporaries
-BASE_BYTES = 700 << 20  # torch and diffusers themselves
+BASE_BYTES = 900 << 20  # torch and diffusers themselves
 SECOND = re.compile(r"_\d+$")  # Wan has a transformer and a transformer_2
 DISK_RATE = 1 << 30  # bytes a second that a run is assumed to read at most
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".safetensors", ".md")
