@@ -118,7 +118,7 @@ def test_bad_models_and_outputs(monkeypatch, capsys, pipe, model, tmp_path):
     code, _, err = run(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "taken")
     assert (code, "exists already" in err) == (1, True)
     code, _, err = run(monkeypatch, capsys, "quantize", tmp_path / "taken", "-o", tmp_path / "out")
-    assert (code, "no model_index.json" in err) == (1, True)
+    assert (code, "neither model_index.json nor config.json" in err) == (1, True)
     with torch.no_grad():
         pipe.unet.conv_out.weight[0, 0, 0, 0] = float("nan")
     pipe.save_pretrained(tmp_path / "taken" / "nan")
@@ -138,13 +138,22 @@ def test_wrong_usage_is_explained(monkeypatch, capsys, arguments):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_during_quantize_leaves_nothing(model, tmp_path):
+@pytest.mark.parametrize(
+    ("place", "options", "words", "left"),
+    [
+        ("streaming.work.make", [], "the same command with --resume continues", [".out.partial"]),
+        ("conversion.make_fake_quant", ["--smooth", "0.5", "--calibrate", "1", "--steps", "1"], "nothing was written", []),
+    ],
+)
+def test_ctrl_c_during_quantize(monkeypatch, capsys, model, tmp_path, place, options, words, left):
+    room, _, function = place.rpartition(".")
     slow = (
-        "import time, torch; from halfbyte import cli, conversion; made = conversion.make_fake_quant\n"
-        "def wait(*a):\n    print('quantizing', flush=True); time.sleep(30); return made(*a)\n"
-        "conversion.make_fake_quant = wait; cli.main()"
+        f"import time, torch; from halfbyte import cli; import halfbyte.{room} as room\n"
+        f"made = room.{function}\n"
+        "def wait(*a):\n    print('quantizing', flush=True); time.sleep(1); return made(*a)\n"
+        f"room.{function} = wait; cli.main()"
     )
-    command = [sys.executable, "-u", "-c", slow, "quantize", str(model), "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-u", "-c", slow, "quantize", str(model), "-o", str(tmp_path / "out"), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while "quantizing" not in process.stdout.readline():
@@ -152,9 +161,13 @@ def test_ctrl_c_during_quantize_leaves_nothing(model, tmp_path):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped; nothing was written" in err
+    assert "stopped" in err
+    assert words in err
     assert "Traceback" not in err
-    assert left_behind(tmp_path) == []
+    assert left_behind(tmp_path) == left
+    if left:
+        assert run(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "out", "--resume")[0] == 0
+        assert left_behind(tmp_path) == ["out"]
 
 
 def test_info_tells_the_backend_and_why(monkeypatch, capsys):
@@ -196,11 +209,10 @@ def test_eval_report_and_table_agree(monkeypatch, capsys, model, tmp_path):
 
 MISTAKES = {  # arguments, in a folder with model (float), packed, "file" and an empty folder -> words of the error
     "quantize model -o file/out": "file/out was not written: Not a directory",
-    "quantize model/unet -o out": "model/unet is not a diffusers pipeline: it has no model_index.json",
-    "quantize packed -o out": "packed is quantized already; start from the float model",
+    "quantize packed -o out": "packed/unet is quantized already; start from the float model",
     "quantize file -o out": "file is not a diffusers pipeline",
-    "quantize strange -o out": "strange is neither the folder of a diffusers pipeline nor one on the Hub",
-    "quantize broken -o out": "broken is neither the folder of a diffusers pipeline nor one on the Hub",
+    "quantize strange -o out": "strange has no denoiser: model_index.json names none of unet, transformer",
+    "quantize broken -o out": "model_index.json is not JSON",
     "sample nowhere": "nowhere is not a folder; give the folder that",
     "sample empty": "empty is not a model: it has neither model_index.json nor config.json",
     "sample broken": "model_index.json is not JSON",

@@ -3,6 +3,7 @@
     HalfbyteError
     ├── RecipeError          an unknown recipe, grid or key; a combination no layer can hold
     ├── ModelError           what was given is not a model halfbyte can quantize
+    │   ├── UnstreamableError   only the model's library, which renames or makes tensors while loading, can read its checkpoint
     │   └── NonFiniteError   a weight or a calibration value is NaN or infinite (the message names the tensor)
     ├── CalibrationError     statistics are missing, or were taken at other timesteps than needed
     ├── CheckpointError      a folder on disk cannot be written or read
@@ -32,6 +33,10 @@ class RecipeError(HalfbyteError, ValueError):
 
 class ModelError(HalfbyteError, ValueError):
     """What was given is not a model halfbyte can quantize."""
+
+
+class UnstreamableError(ModelError):
+    """Only the model's library, which renames or makes tensors while loading, can read its checkpoint."""
 
 
 class NonFiniteError(ModelError):

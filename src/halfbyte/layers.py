@@ -38,6 +38,7 @@ FORWARD_HOOKS = (
     "_forward_hooks_always_called",
 )
 DIRECT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # take their layers' weights and never call them
+DIRECT_READER_NAMES = ("HunyuanDiTAttentionPool",)  # of other libraries
 
 
 def weight_to_matrix(layer: Quantizable, weight: Tensor) -> Tensor:
@@ -364,8 +365,8 @@ def unsupported(module: Any, parent: nn.Module) -> str | None:
     if kind not in KINDS:
         return "3-D convolutions are not supported"
     reader = next((reader for reader in DIRECT_READERS if isinstance(parent, reader)), None)
-    if reader is not None:
-        return f"nn.{reader.__name__} reads its weights directly"
+    if reader is not None or type(parent).__name__ in DIRECT_READER_NAMES:
+        return f"{type(parent).__name__ if reader is None else f'nn.{reader.__name__}'} reads its weights directly"
     if type(module).forward is not kind.forward:
         return f"{type(module).__name__} has a forward of its own"
     if "forward" in vars(module):

@@ -88,6 +88,8 @@ def to_tiles(layer: Any) -> Tensor:
     tiles: Tensor | None = buffers["weight_tiles"]
     if tiles is not None:
         return tiles
+    if "_hf_hook" in vars(layer):  # accelerate puts buffers in place by name before every call, and takes them away after it
+        return cpu.make_tiles(layer)
     with _CHANGING, torch.inference_mode(False), torch.no_grad():
         if (tiles := buffers["weight_tiles"]) is None:  # else another thread was faster
             tiles = buffers["weight_tiles"] = cpu.make_tiles(layer)
