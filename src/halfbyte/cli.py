@@ -250,7 +250,8 @@ def _print_sensitivity(found: Any, widths: dict[str, str] | None) -> None:
 
 
 @app.command(
-    epilog="Example:  halfbyte heal my-model-4bit --teacher my-model -o my-model-healed --minutes 15    "
+    epilog="Examples:  halfbyte heal my-model-4bit --teacher my-model -o my-model-healed --minutes 15    "
+    "halfbyte heal my-model-4bit --teacher my-model -o my-model-healed --method quest --share 0.05    "
     "On several devices:  accelerate launch -m halfbyte.cli heal ..."
 )
 def heal(

@@ -196,6 +196,7 @@ def test_refusals(student, pipe):
         (student, {"stages": ["critical", "full"]}, "the stage 'full' trains all there is; give it alone"),
         (student, {"share": 1.5}, "share must be 0 to 1, got 1.5"),
         (student, {"share": 0, "scale_rate": 0}, "the stage 'temporal' has nothing to train"),
+        (student, {"share": 0, "global_weight": 0}, "the stage 'temporal' trains no weights, so it has no local loss"),
         (student, {"dfa": "ddpm"}, "quest has no denoising factors"),
         (student, {"rank": 4}, "heal has no option 'rank' for quest"),
         (student, {"global_weight": -1}, "global_weight must be >= 0"),

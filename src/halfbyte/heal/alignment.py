@@ -31,6 +31,7 @@ STAGES = ("temporal", "critical", "full")
 TEMPORAL_PART = 2 / 3  # of the share that the temporal layers may take
 TEMPORAL_TIME = 0.2  # of the run, where both stages are run
 CHARGED_BATCHES, CHARGED_BATCH = 8, 8  # states that layers are charged on
+SILENT = 1e-12  # least energy of an output that errors are divided by: layers may start at zero
 
 
 @dataclass(frozen=True)
@@ -145,13 +146,13 @@ def plan(
     """What each stage will train; the same in all processes.
 
     Raises:
-        HealError: when a stage would train nothing.
+        HealError: when a stage would train nothing, or minimise nothing.
     """
     from accelerate.utils import broadcast_object_list
 
     layers = quantized_layers(student)
     found = _charged(student, pipe, settings, prompts)
-    energy = {name: charge.energy for name, charge in found.items()}
+    energy = {name: max(charge.energy, SILENT) for name, charge in found.items()}
     timed = {name for name in temporal_layers(find_denoiser(pipe), calls[len(calls) // 2], calls[0]) if name in layers}
     calibrated = {name for name, layer in layers.items() if layer.activation_scale is not None and selective.scale_rate}
     tables = parameters_of(layers, [Stage("all", (), tuple(calibrated))])
@@ -170,6 +171,8 @@ def plan(
                 f"the stage {name!r} has nothing to train: no layer fits into a share of {selective.share:g}, no scale is "
                 "calibrated; raise the share, or take a recipe with static or timestep scales"
             )
+        if not chosen[0] and not selective.global_weight:
+            raise HealError(f"the stage {name!r} trains no weights, so it has no local loss; set global_weight above 0")
         stages.append(Stage(name, *chosen, energy))
     return broadcast_object_list(stages)  # type: ignore[no-any-return]
 
