@@ -4,7 +4,8 @@ import halfbyte
 
 
 def test_public_names():
-    assert halfbyte.__all__ == ["PRESETS", "HalfbyteConfig", "HalfbyteError", "Recipe", "heal", "load", "pack", "quantize", "save"]
+    verbs = ["heal", "load", "pack", "quantize", "quantize_folder", "save"]
+    assert halfbyte.__all__ == ["PRESETS", "HalfbyteConfig", "HalfbyteError", "Recipe", *verbs]
     assert all(getattr(halfbyte, name) is not None for name in halfbyte.__all__)
     assert set(halfbyte.__all__) <= set(dir(halfbyte))
 

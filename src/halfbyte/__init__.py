@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from halfbyte.errors import HalfbyteError
     from halfbyte.heal.verb import heal
     from halfbyte.recipe import PRESETS, Recipe
+    from halfbyte.streaming.verb import quantize_folder
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "HalfbyteConfig", "HalfbyteError", "Recipe", "heal", "load", "pack", "quantize", "save"]
+__all__ = ["PRESETS", "HalfbyteConfig", "HalfbyteError", "Recipe", "heal", "load", "pack", "quantize", "quantize_folder", "save"]
 
 _HOMES = {
     "heal": ("heal", None),  # the folder itself, which can be called
     "quantize": ("api", "quantize"),
+    "quantize_folder": ("streaming.verb", "quantize_folder"),
     "pack": ("api", "pack_model"),
     "save": ("api", "save"),
     "load": ("api", "load"),

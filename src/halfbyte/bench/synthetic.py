@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.conversion import packed_layers, specs_of
-from halfbyte.layers import Quantizable, module_kind
+from halfbyte.layers import Quantizable, matrix_shape, module_kind
 from halfbyte.recipe import LayerSpec, Recipe
 from halfbyte.runtime.layers import PACKED, Packed, install
 
@@ -15,7 +15,7 @@ from halfbyte.runtime.layers import PACKED, Packed, install
 def fill(layer: Packed) -> None:
     """Give a packed layer random codes, allowed shifts, and scales that keep outputs near the size of inputs."""
     inner: Any = layer
-    rows, count = inner.weight.shape[0], inner.weight[0].numel()
+    rows, count = matrix_shape(inner)
     layer.weight_codes = torch.randint(0, 256, layer.weight_codes.shape, dtype=torch.uint8)
     layer.weight_scale = torch.full((rows, 1), 0.03 / max(count, 1) ** 0.5)
     if layer.weight_shift is not None:
