@@ -75,6 +75,8 @@ def test_arguments_reach_the_pipeline(pipe):
     assert not torch.equal(noisy, sample_batch(pipe, range(2), 2, 2))
     with pytest.raises(EvaluationError, match=r"DDIMPipeline takes no argument 'guidance'; it takes 'batch_size', 'eta'"):
         sample_batch(pipe, range(2), 2, 2, arguments={"guidance": 1.0})
+    with pytest.raises(EvaluationError, match=r"DDIMPipeline does not sample with these arguments: .*list of generators"):
+        sample_batch(pipe, range(2), 2, 2, arguments={"batch_size": 3})
 
 
 def test_settings_that_make_no_sense():

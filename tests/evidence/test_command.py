@@ -79,7 +79,7 @@ def test_figures_are_those_of_the_images(pipe, folders):
     assert all(layer["output_sqnr"] is not None for layer in run["layers"])
     settings = found["settings"]
     assert (settings["images"], settings["steps"], settings["seed"], settings["sampler"]) == (4, 2, 0, "DDIMScheduler")
-    assert {"halfbyte", "torch", "diffusers"} <= set(found["environment"])
+    assert {"halfbyte", "torch", "diffusers", "torchmetrics", "pillow"} <= set(found["environment"])
     assert not (folders / f"results.json{WORK_SUFFIX}").exists()
     assert {stage for stage, *_ in stages} == {"sampling float", "measuring float", "sampling int4-w4a4", "measuring int4-w4a4"}
     assert all(run["images"] is None and not run["layers"] for run in slimmed(found)["runs"])

@@ -15,7 +15,7 @@ from halfbyte.report.figures import KINDS
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 TINY = {  # what tiny pipelines cannot do: resolutions of their big originals, and long instructions
     "PixArtSigmaPipeline": {"use_resolution_binning": False},
-    "SanaPipeline": {"use_resolution_binning": False, "complex_human_instruction": None, "height": 16, "width": 16},
+    "SanaPipeline": {"use_resolution_binning": False, "complex_human_instruction": None, "height": 32, "width": 32},
     "FluxPipeline": {"max_sequence_length": 8},
 }
 ONE_OF_EACH = {read_config(path).pipeline: path for path in reversed(CONFIGS)}

@@ -74,14 +74,17 @@ def sample_batch(
     Returns:
         float32 (len(indices), C, H, W) in [0, 1], on the CPU.
     Raises:
-        EvaluationError: when the pipeline does not take an argument.
+        EvaluationError: when the pipeline does not take an argument, or not with this value.
     """
     accepted = inspect.signature(pipe.__call__).parameters
     unknown = set(arguments or ()) - set(accepted)
     if unknown:
         raise EvaluationError(f"{type(pipe).__name__} takes no argument {listed(unknown)}; it takes {listed(accepted)}")
     call = sampler_arguments(pipe, indices, total, steps, seed, prompts) | {"output_type": "pt"} | dict(arguments or {})
-    return _as_tensor(pipe(**call).images)
+    try:
+        return _as_tensor(pipe(**call).images)
+    except ValueError as error:  # what pipelines raise on arguments they check
+        raise EvaluationError(f"{type(pipe).__name__} does not sample with these arguments: {error}") from error
 
 
 def _as_tensor(images: Any) -> Tensor:

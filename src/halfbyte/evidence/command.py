@@ -9,9 +9,10 @@ from typing import Any
 
 from halfbyte import api
 from halfbyte.calibration import find_denoiser
-from halfbyte.checkpoint import read_json, write_file
+from halfbyte.checkpoint import read_json, write_file, write_folder
 from halfbyte.errors import EvaluationError, OutputExistsError
 from halfbyte.evaluate.images import FolderImages, write_npz
+from halfbyte.evaluate.measure import Instruments
 from halfbyte.evaluate.sampling import Sampling
 from halfbyte.evidence.config import TableConfig
 from halfbyte.evidence.evaluation import IMAGES, Evaluation
@@ -56,13 +57,7 @@ def evaluate_folder(model: Path, against: Path, output: Path, options: EvalOptio
         OutputExistsError: when the output exists. ResumeError: when what was begun beside it is another evaluation.
         StoppedError: on SIGTERM or Ctrl-C; what is done is kept.
     """
-    if output.exists():
-        raise OutputExistsError(f"{output} exists already; choose another file or remove it first")
-    if options.save_images is not None and options.save_images.exists():
-        raise OutputExistsError(f"{options.save_images} exists already; choose another folder for the images or remove it first")
-    tools = find_tools(options.features, options.lpips, options.clip, options.image_reward, options.trust_code)
-    if options.reference is not None and tools.extractor is None:
-        raise EvaluationError("real images are compared in the features of a network; give one with --features")
+    tools = _checked(output, options)
     work = output.with_name(output.name + WORK_SUFFIX)
     with Session(report) as session:
         float_pipe, pipe = session.place(load_model(str(against))), session.place(api.load(model))
@@ -85,12 +80,24 @@ def evaluate_folder(model: Path, against: Path, output: Path, options: EvalOptio
         if not session.main:
             return None
         results = results_of(against.name, "", evaluation, rows)
-    if options.save_images is not None:
-        _keep_images(work, options.save_images, options.npz)
     save_results(results, output)
     add_evaluation(model, results)
+    if options.save_images is not None:
+        _keep_images(work, options.save_images, options.npz)
     shutil.rmtree(work)
     return results
+
+
+def _checked(output: Path, options: EvalOptions) -> Instruments:
+    """The tools, once it is known that nothing stands in the way."""
+    if output.exists():
+        raise OutputExistsError(f"{output} exists already; choose another file or remove it first")
+    if options.save_images is not None and options.save_images.exists():
+        raise OutputExistsError(f"{options.save_images} exists already; choose another folder for the images or remove it first")
+    tools = find_tools(options.features, options.lpips, options.clip, options.image_reward, options.trust_code)
+    if options.reference is not None and tools.extractor is None:
+        raise EvaluationError("real images are compared in the features of a network; give one with --features")
+    return tools
 
 
 def _claim(work: Path, identity: dict[str, Any], session: Session) -> None:
@@ -103,16 +110,19 @@ def _claim(work: Path, identity: dict[str, Any], session: Session) -> None:
 
 
 def _keep_images(work: Path, target: Path, npz: bool) -> None:
-    """Both sets of images where the user wants them."""
-    target.mkdir(parents=True)
-    for name in ("float", "quantized"):
-        images = FolderImages(work / name / IMAGES)
-        if npz:
-            write_npz(images, target / f"{name}.npz")
-        else:
-            (target / name).mkdir()
+    """Both sets of images where the user wants them, whole or not at all."""
+
+    def write(folder: Path) -> None:
+        for name in ("float", "quantized"):
+            images = FolderImages(work / name / IMAGES)
+            if npz:
+                write_npz(images, folder / f"{name}.npz")
+                continue
+            (folder / name).mkdir()
             for file in images.files:
-                file.replace(target / name / file.name)
+                shutil.copyfile(file, folder / name / file.name)
+
+    write_folder(target, write)
 
 
 def make_table(

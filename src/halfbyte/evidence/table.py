@@ -4,8 +4,10 @@ What is done is kept in OUTPUT/runs, a folder a run, under a fingerprint of all 
 sampling, the tools and halfbyte's own numerics. A run that is there already is not made again, in whichever table it stands.
 """
 
+import contextlib
 import copy
 import hashlib
+import importlib.metadata
 import json
 from datetime import date
 from functools import cache
@@ -30,6 +32,7 @@ from halfbyte.report.schema import SCHEMA, Results, check_results
 from halfbyte.runs import digest
 
 ROW = "run.json"
+MEASURING = ("torchmetrics", "torch-fidelity", "torchvision", "onnxruntime", "transformers", "pillow")
 SHELL = ("bench", "cli.py", "report", "evidence", "terminal.py", "cli_evidence.py")  # rooms that no figure depends on
 
 
@@ -208,11 +211,20 @@ def results_of(
         "note": note,
         "shown": shown,
         "created": date.today().isoformat(),
-        "environment": environment(),
+        "environment": environment() | measuring_versions(),
         "settings": evaluation.settings(),
         "runs": rows,
     }
     return check_results(made)
+
+
+def measuring_versions() -> dict[str, str]:
+    """Versions of what figures are taken with, as far as it is installed."""
+    found = {}
+    for name in MEASURING:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 @cache
