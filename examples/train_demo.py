@@ -28,12 +28,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, UNet2DModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 SIDE = 32
+CHECKED_STEP = 20  # by then no parameter may be without a gradient; a DiT's blocks start as the identity and have none at first
 NO_CLASS = 1000  # the label that DiTPipeline gives where there is none, hence the size of the table of labels
 
 
@@ -118,6 +121,25 @@ def build_unet(channels: int, width: int) -> UNet2DModel:
     )
 
 
+def compile_blocks(net: torch.nn.Module) -> None:
+    """Compile each block for itself.
+
+    Never the whole UNet: torch 2.13 on a CPU then gives every parameter below the first level a gradient of exactly zero, and says
+    nothing (`docs/log.md`).
+    """
+    torch._dynamo.config.recompile_limit = 64  # the blocks share one forward; each has shapes of its own
+    for module in net.modules():
+        if isinstance(module, (ResnetBlock2D, BasicTransformerBlock)):
+            module.compile(dynamic=False)
+
+
+def check_gradients(net: torch.nn.Module) -> None:
+    """End the run when a part of the network does not learn."""
+    idle = [name for name, parameter in net.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    if idle:
+        raise SystemExit(f"{len(idle)} parameters get no gradient, {idle[0]} first; a compiler may have lost it: try --no-compile.")
+
+
 @dataclass
 class Clock:
     """Where the run stands. Progress is the nearer of its two ends: steps done or minutes spent."""
@@ -169,7 +191,8 @@ class Trainer:
         self.ema.to(self.accelerator.device)
         optimizer = torch.optim.AdamW(net.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
         self.net, self.optimizer = self.accelerator.prepare(net, optimizer)
-        self.forward = self.net if options.no_compile else torch.compile(self.net)
+        if not options.no_compile:
+            compile_blocks(self.accelerator.unwrap_model(self.net))
         self.scheduler = DDIMScheduler(prediction_type=options.prediction, beta_schedule="linear", clip_sample=True)
         self.alphas = self.scheduler.alphas_cumprod.to(self.accelerator.device)
         self.clock = Clock(options.steps, options.minutes)
@@ -206,12 +229,14 @@ class Trainer:
         signal_part = self.alphas[timesteps].view(-1, 1, 1, 1)
         noisy = signal_part.sqrt() * clean + (1 - signal_part).sqrt() * noise
         with self.accelerator.autocast():
-            predicted = self.forward(noisy, timestep=timesteps, **condition, return_dict=False)[0]
+            predicted = self.net(noisy, timestep=timesteps, **condition, return_dict=False)[0]
         velocity = self.options.prediction == "v_prediction"
         target = signal_part.sqrt() * noise - (1 - signal_part).sqrt() * clean if velocity else noise
         ratio = signal_part / (1 - signal_part)
         loss = ((predicted.float() - target).square() * (self.options.min_snr / ratio).clamp(max=1)).mean()
         self.accelerator.backward(loss)
+        if self.clock.step == CHECKED_STEP:
+            check_gradients(self.net)
         self.accelerator.clip_grad_norm_(self.net.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -42,7 +42,7 @@ def left_behind(folder):
 
 
 def test_every_command_helps_with_an_example(monkeypatch, capsys):
-    for command in ("demo", "quantize", "heal", "sample", "info"):
+    for command in ("demo", "quantize", "heal", "sample", "info", "eval", "table", "report"):
         code, out, _ = run(monkeypatch, capsys, command, "--help")
         assert code in (0, None)
         assert f"halfbyte {command}" in out
@@ -118,7 +118,7 @@ def test_bad_models_and_outputs(monkeypatch, capsys, pipe, model, tmp_path):
     code, _, err = run(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "taken")
     assert (code, "exists already" in err) == (1, True)
     code, _, err = run(monkeypatch, capsys, "quantize", tmp_path / "taken", "-o", tmp_path / "out")
-    assert (code, "no model_index.json" in err) == (1, True)
+    assert (code, "neither model_index.json nor config.json" in err) == (1, True)
     with torch.no_grad():
         pipe.unet.conv_out.weight[0, 0, 0, 0] = float("nan")
     pipe.save_pretrained(tmp_path / "taken" / "nan")
@@ -138,13 +138,22 @@ def test_wrong_usage_is_explained(monkeypatch, capsys, arguments):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_during_quantize_leaves_nothing(model, tmp_path):
+@pytest.mark.parametrize(
+    ("place", "options", "words", "left"),
+    [
+        ("streaming.work.make", [], "the same command with --resume continues", [".out.partial"]),
+        ("conversion.make_fake_quant", ["--smooth", "0.5", "--calibrate", "1", "--steps", "1"], "nothing was written", []),
+    ],
+)
+def test_ctrl_c_during_quantize(monkeypatch, capsys, model, tmp_path, place, options, words, left):
+    room, _, function = place.rpartition(".")
     slow = (
-        "import time, torch; from halfbyte import cli, conversion; made = conversion.make_fake_quant\n"
-        "def wait(*a):\n    print('quantizing', flush=True); time.sleep(30); return made(*a)\n"
-        "conversion.make_fake_quant = wait; cli.main()"
+        f"import time, torch; from halfbyte import cli; import halfbyte.{room} as room\n"
+        f"made = room.{function}\n"
+        "def wait(*a):\n    print('quantizing', flush=True); time.sleep(1); return made(*a)\n"
+        f"room.{function} = wait; cli.main()"
     )
-    command = [sys.executable, "-u", "-c", slow, "quantize", str(model), "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-u", "-c", slow, "quantize", str(model), "-o", str(tmp_path / "out"), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while "quantizing" not in process.stdout.readline():
@@ -152,9 +161,13 @@ def test_ctrl_c_during_quantize_leaves_nothing(model, tmp_path):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped; nothing was written" in err
+    assert "stopped" in err
+    assert words in err
     assert "Traceback" not in err
-    assert left_behind(tmp_path) == []
+    assert left_behind(tmp_path) == left
+    if left:
+        assert run(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "out", "--resume")[0] == 0
+        assert left_behind(tmp_path) == ["out"]
 
 
 def test_info_tells_the_backend_and_why(monkeypatch, capsys):
@@ -169,13 +182,37 @@ def test_the_module_runs_as_a_script():
     assert done.returncode == 0
 
 
+def test_eval_report_and_table_agree(monkeypatch, capsys, model, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(monkeypatch, capsys, "quantize", model, "-o", "out")
+    assert code == 0, err
+    assert "Not evaluated yet" in Path("out", "README.md").read_text()
+    options = ("-n", 3, "--steps", 2, "--batch-size", 2)
+    code, out, err = run(monkeypatch, capsys, "eval", "out", "--against", "model", "-o", "results.json", *options)
+    assert code == 0, err
+    assert "quartz-w4a4" in out
+    card = Path("out", "README.md").read_text()
+    assert "| `quartz-w4a4` |" in card
+    assert "3 images, 2 steps of DDIMScheduler, seed 0" in card
+    assert Path("results.html").exists()
+    table = "{model: model, title: model, images: 3, steps: 2, batch: 2, runs: [int4-w4a4]}"
+    Path("table.yaml").write_text(table)
+    code, _, err = run(monkeypatch, capsys, "table", "table.yaml", "-o", "table", "--slim", "slim.json")
+    assert code == 0, err
+    code, out, err = run(monkeypatch, capsys, "report", "results.json", "slim.json", "-o", "both.html")
+    assert code == 0, err
+    assert "int4-w4a4" in out
+    assert "int4-w4a4" in Path("both.html").read_text()
+    code, _, err = run(monkeypatch, capsys, "eval", "out", "--against", "model", "-o", "results.json", *options)
+    assert (code, "results.json exists already" in err) == (1, True)
+
+
 MISTAKES = {  # arguments, in a folder with model (float), packed, "file" and an empty folder -> words of the error
     "quantize model -o file/out": "file/out was not written: Not a directory",
-    "quantize model/unet -o out": "model/unet is not a diffusers pipeline: it has no model_index.json",
-    "quantize packed -o out": "packed is quantized already; start from the float model",
+    "quantize packed -o out": "packed/unet is quantized already; start from the float model",
     "quantize file -o out": "file is not a diffusers pipeline",
-    "quantize strange -o out": "strange is neither the folder of a diffusers pipeline nor one on the Hub",
-    "quantize broken -o out": "broken is neither the folder of a diffusers pipeline nor one on the Hub",
+    "quantize strange -o out": "strange has no denoiser: model_index.json names none of unet, transformer",
+    "quantize broken -o out": "model_index.json is not JSON",
     "sample nowhere": "nowhere is not a folder; give the folder that",
     "sample empty": "empty is not a model: it has neither model_index.json nor config.json",
     "sample broken": "model_index.json is not JSON",
@@ -186,6 +223,12 @@ MISTAKES = {  # arguments, in a folder with model (float), packed, "file" and an
     "info model": "model holds no halfbyte checkpoint",
     f"info {'a' * 300}": "is not a folder",
     "demo --images 2 --recipe nothing": "unknown recipe 'nothing'",
+    "eval packed --against model -o x.json --features net.onnx": "net.onnx is not a file; give 'inception'",
+    "eval packed --against model -o x.json --images model": "give one with --features",
+    "eval packed --against model -o x.json --prompts nowhere.txt": "nowhere.txt cannot be read as a list of prompts",
+    "eval packed --against packed -o x.json": "packed is quantized already; start from the float model",
+    "table nowhere.yaml -o x": "nowhere.yaml cannot be read as YAML",
+    "report nowhere.json": "nowhere.json cannot be read",
 }
 
 

@@ -41,7 +41,8 @@ def test_training_runs_goes_on_and_leaves_a_pipeline(tmp_path, grey, width):
     options = ("--data", data, "--output", tmp_path / "out", "--width", width, "--batch-size", 4, "--no-compile", "--float32")
     first = run("train_demo.py", *options, "--steps", 2)
     assert first.returncode == 0, first.stderr
-    second = run("train_demo.py", *options, "--steps", 3)
+    second = run("train_demo.py", *options, "--steps", 22)  # past the check that every parameter learns
+    assert second.returncode == 0, second.stderr
     assert "continuing from step 2" in second.stdout
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / "model")
     assert pipe.unet.config.in_channels == (1 if grey else 3)
@@ -59,7 +60,7 @@ def test_a_transformer_is_trained_on_the_latents_of_an_autoencoder(tmp_path):
     first = run("train_demo_autoencoder.py", *options, "--output", tmp_path / "autoencoder", "--steps", 2)
     assert first.returncode == 0, first.stderr
     options += ("--output", tmp_path / "out", "--autoencoder", tmp_path / "autoencoder", "--width", 64, "--float32")
-    for steps in (2, 3):
+    for steps in (2, 22):
         done = run("train_demo.py", *options, "--steps", steps)
         assert done.returncode == 0, done.stderr
     assert "continuing from step 2" in done.stdout
@@ -90,6 +91,19 @@ def test_the_classifier_is_trained_and_its_statistics_written(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"features.safetensors", "statistics.safetensors"}
+
+
+@pytest.mark.parametrize("lost", [None, "zero"])
+def test_a_part_that_does_not_learn_ends_the_run(monkeypatch, lost):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from train_demo import check_gradients
+
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    net(torch.ones(1, 2)).sum().backward()
+    check_gradients(net)
+    net[0].weight.grad = None if lost is None else torch.zeros(2, 2)
+    with pytest.raises(SystemExit, match=r"1 parameters get no gradient, 0.weight first"):
+        check_gradients(net)
 
 
 def test_a_parquet_without_images_is_refused(tmp_path):

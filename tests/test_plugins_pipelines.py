@@ -220,3 +220,27 @@ def test_folders_that_name_no_class(tmp_path):
         with pytest.raises(ModelError, match="pass into="):
             hb.load(folder)
         shutil.rmtree(folder)
+
+
+def test_text_encoder_and_autoencoder_in_the_same_call(text_to_image, tmp_path):
+    """The streamed pipeline's images are those of one quantized in memory."""
+    from halfbyte.streaming.verb import prepare, quantize_folder
+
+    text_to_image.save_pretrained(tmp_path / "float")
+    job = prepare(tmp_path / "float", "quartz-w4a8", "quartz-w4a8", "int8-w8a8")
+    assert sorted(job.plans) == ["text_encoder", "unet", "vae"]
+    quantize_folder(tmp_path / "float", tmp_path / "out", "quartz-w4a8", encoders="quartz-w4a8", vae="int8-w8a8")
+    for model, recipe in (
+        (text_to_image.unet, "quartz-w4a8"),
+        (text_to_image.text_encoder, "quartz-w4a8"),
+        (text_to_image.vae, "int8-w8a8"),
+    ):
+        hb.quantize(model, recipe)
+    loaded = hb.load(tmp_path / "out")
+    assert all(is_packed(part) for part in (loaded.unet, loaded.text_encoder, loaded.vae))
+    loaded.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 1, "output_type": "np"}
+    images = [pipe("a b", generator=torch.Generator().manual_seed(5), **options).images for pipe in (loaded, text_to_image)]
+    assert (images[0] == images[1]).all()
+    names = [sorted(path.name for path in (tmp_path / place / "tokenizer").iterdir()) for place in ("float", "out")]
+    assert names[0] == names[1]

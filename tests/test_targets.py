@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from halfbyte.conversion import quantizable_layers
 from halfbyte.layers import module_kind
 from halfbyte.targets import TARGETS, Target
 
@@ -108,5 +109,5 @@ def test_the_layers_called_one_sided_are_just_those_that_read_a_silu_or_gelu(bui
         layer.register_forward_pre_hook(lambda _, args, key=layer_name: seen.update({key: mode.made(args[0])}))
     with torch.no_grad(), mode:
         model.eval()(**call(kind), **more)
-    assert seen.keys() == layers(model).keys()
+    assert seen.keys() >= quantizable_layers(model).keys()  # all but those whose weights are read without a call
     assert sorted(key for key in seen if TARGETS[kind].is_after_silu(key)) == sorted(key for key, after in seen.items() if after)

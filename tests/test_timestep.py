@@ -172,3 +172,41 @@ def test_no_row_before_the_first_call_nor_in_an_empty_table():
     state.value = 5.0
     with pytest.raises(CalibrationError, match="calibrate the model first"):
         state.row([])
+
+
+def at(*times):
+    """A state that has seen a call at these timesteps."""
+    state, denoiser = TimestepState(TABLE), Denoiser()
+    state.attach(denoiser)
+    denoiser(SAMPLE, torch.tensor(times))
+    return state
+
+
+def test_rows_have_the_entries_of_calls_of_their_own():
+    times = [250.0, 0.0, 100.5, 1e9, -3.0, 250.001]
+    found = at(*times).rows(len(times))
+    assert found.dtype == torch.int64
+    assert found.tolist() == [at(time).row(TABLE) for time in times]
+    assert at(*times).rows(12).tolist() == [row for row in found.tolist() for _ in range(2)]
+
+
+def test_one_entry_for_all_rows_where_they_agree():
+    for state in (at(40), at(40, 40), at(20, 90)):  # 20 and 90 have the same entry
+        assert state.rows(6) is None
+    state, denoiser = TimestepState(TABLE), Denoiser()
+    state.attach(denoiser)
+    denoiser(SAMPLE, torch.tensor([1, 900]))
+    assert state.rows(2) is not None
+    denoiser(SAMPLE, 900)
+    assert state.rows(2) is None
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 7])
+def test_rows_that_cannot_be_told_apart_are_refused(rows):
+    with pytest.raises(CalibrationError, match=f"got {rows} rows in a call with 2 timesteps"):
+        at(1, 900).rows(rows)
+
+
+def test_no_rows_before_the_first_call():
+    with pytest.raises(CalibrationError, match="not been called"):
+        TimestepState(TABLE).rows(2)

@@ -15,6 +15,7 @@ from typing import Any
 
 PLUGINS = {
     "diffusers.quantizers.auto": "halfbyte.diffusers_plugin",
+    "diffusers.loaders.lora_pipeline": "halfbyte.diffusers_lora",
     "transformers.quantizers.auto": "halfbyte.transformers_plugin",
 }
 
@@ -26,7 +27,7 @@ def _register(module_name: str) -> None:
     """
     try:
         importlib.import_module(PLUGINS[module_name])
-    except ImportError as error:
+    except (ImportError, AttributeError, KeyError) as error:
         library = module_name.partition(".")[0]
         warnings.warn(f"halfbyte does not fit this {library} and cannot load 4-bit checkpoints with it: {error}", stacklevel=2)
 

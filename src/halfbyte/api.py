@@ -1,15 +1,18 @@
 """The public verbs: quantize, save, load. They take a diffusers pipeline, a diffusers or transformers model, or any nn.Module."""
 
 import importlib
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from halfbyte import checkpoint, conversion
 from halfbyte.calibration import DENOISERS, Call, InputStatistics, Progress, collect, find_denoiser, record_calls
@@ -21,7 +24,10 @@ from halfbyte.recipe import Recipe, get_recipe
 from halfbyte.splitting import join_layers
 
 # what bad folders raise
-LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError, checkpoint.ShardError)
+LOADING_ERRORS = (
+    OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError, ArithmeticError, AssertionError,
+    MemoryError, checkpoint.ShardError,
+)  # fmt: skip
 RECIPE_ATTRIBUTE = "_halfbyte_recipe"  # remembered on quantized modules, so that packing and saving them can tell
 
 
@@ -125,7 +131,7 @@ def _as_call(entry: Any) -> Call:
 def pack_model(module: nn.Module, recipe: Recipe | None = None) -> nn.Module:
     """Trainable quantized layers to packed ones, in place; the model then saves itself packed."""
     conversion.pack(module)
-    plugin = _plugin(module)
+    plugin = plugin_of(module)
     chosen = recipe or getattr(module, RECIPE_ATTRIBUTE, None)
     if chosen is not None:
         setattr(module, RECIPE_ATTRIBUTE, chosen)
@@ -134,13 +140,19 @@ def pack_model(module: nn.Module, recipe: Recipe | None = None) -> nn.Module:
     return module
 
 
-def _plugin(module: nn.Module) -> Any:
+def plugin_of(module: nn.Module) -> Any:
     """The plug-in of the library a module comes from; None for a plain module. Imports no library that is not in use."""
     for library, base in (("diffusers", "ModelMixin"), ("transformers", "PreTrainedModel")):
         kind = getattr(sys.modules.get(library), base, None) if library in sys.modules else None
         if kind is not None and isinstance(module, kind):
             return importlib.import_module(f"halfbyte.{library}_plugin")
     return None
+
+
+def is_transformers(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers."""
+    plugin = plugin_of(module)
+    return plugin is not None and hasattr(plugin, "is_transformers_model")
 
 
 def save(model: Any, path: str | os.PathLike[str], max_shard_size: str = checkpoint.MAX_SHARD) -> Path:
@@ -153,7 +165,7 @@ def save(model: Any, path: str | os.PathLike[str], max_shard_size: str = checkpo
     packed = _packed_parts(model)
 
     def write(folder: Path) -> None:
-        if isinstance(model, nn.Module) and _plugin(model) is None:
+        if isinstance(model, nn.Module) and plugin_of(model) is None:
             config = LayoutConfig.from_model(model, getattr(model, RECIPE_ATTRIBUTE)).to_dict()
             entries = {"_class_name": type(model).__name__, "quantization_config": config}
             checkpoint.write_tensors(folder, model.state_dict(), entries, max_shard_size)
@@ -172,32 +184,61 @@ def _packed_parts(model: Any) -> list[str]:
     for part in parts.values():
         if any(isinstance(layer, FakeQuant) for layer in part.modules()):
             raise ModelError(f"this {type(part).__name__} is simulated, not packed; run halfbyte.pack on it first")
+        if any(name.endswith(".base_layer") for name, _ in part.named_modules()):
+            raise ModelError(
+                f"this {type(part).__name__} holds adapters, which a 4-bit checkpoint has no place for; save them with "
+                "save_lora_weights, then unload_lora_weights"
+            )
     packed = [name for name, part in parts.items() if is_packed(part)]
     if not packed:
         raise ModelError(f"this {type(whole['']).__name__} is not packed; run halfbyte.quantize on it first (and halfbyte.pack)")
     return packed
 
 
-def load_float(path: str | os.PathLike[str]) -> Any:
-    """A float pipeline in float32, from a folder in diffusers layout or a name on the Hub.
+def load_float(path: str | os.PathLike[str], config: str | os.PathLike[str] | None = None) -> Any:
+    """A float pipeline in float32, from a folder in diffusers layout, a single .safetensors file or a name on the Hub.
 
+    Args:
+        config: of a single file: a diffusers folder of the same architecture, for what the file does not hold; None: diffusers
+            recognizes the architecture and takes the folder from the Hub.
     Raises:
-        ModelError: when there is no such pipeline, or it is quantized already.
+        ModelError: when there is no such pipeline, it is pickled, or it is quantized already.
     """
     from diffusers import DiffusionPipeline
 
     folder = Path(path)
-    if os.path.exists(folder) and not (folder / "model_index.json").is_file():
+    if folder.suffix in checkpoint.PICKLED:
+        raise ModelError(checkpoint.pickle_sentence(folder))
+    single = folder.suffix == ".safetensors"
+    if config is not None and not single:
+        raise ModelError(f"config belongs to a single .safetensors file; {folder} is none")
+    if single and not os.path.isfile(folder):
+        raise ModelError(f"{folder} is not a file")
+    if os.path.exists(folder) and not single and not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(path), dtype=torch.float32)
+        if single:
+            pipe = _load_single_file(folder, config)
+        else:
+            pipe = DiffusionPipeline.from_pretrained(str(path), dtype=torch.float32)
     except HalfbyteError:
         raise
     except LOADING_ERRORS as error:
-        raise ModelError(f"{path} is neither the folder of a diffusers pipeline nor one on the Hub: {error}") from error
+        raise ModelError(f"{path} is no diffusers pipeline's folder, single file or name on the Hub: {error}") from error
     if is_packed(find_denoiser(pipe)):
         raise ModelError(f"{path} is quantized already; start from the float model")
     return pipe
+
+
+def _load_single_file(file: Path, config: str | os.PathLike[str] | None) -> Any:
+    """A checkpoint in its authors' own layout, through diffusers' converters."""
+    import diffusers
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+
+    found = {} if config is not None else fetch_diffusers_config(load_single_file_checkpoint(str(file)))
+    folder = found.get("pretrained_model_name_or_path") or str(config)
+    name = diffusers.DiffusionPipeline.load_config(folder)["_class_name"]
+    return getattr(diffusers, name).from_single_file(str(file), config=folder, dtype=torch.float32)
 
 
 def load(path: str | os.PathLike[str], into: nn.Module | None = None, **options: Any) -> Any:
@@ -214,17 +255,47 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None, **options:
         raise CheckpointError(f"{folder} is not a folder; give the folder that halfbyte.save or 'halfbyte quantize -o' wrote")
     if into is not None:
         return _load_into(folder, into)
-    kind = _class_of(folder)
+    kind = class_of(folder)
     verify(folder)
     try:
-        return kind.from_pretrained(str(folder), **options)
+        with at_most(4 * _stored_tensors(folder) + 1000):
+            return kind.from_pretrained(str(folder), **{**options, "use_safetensors": True})
     except HalfbyteError:
         raise
     except LOADING_ERRORS as error:
-        raise CheckpointError(f"{folder} cannot be loaded by {kind.__module__.partition('.')[0]}: {error}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{folder} cannot be loaded by {kind.__module__.partition('.')[0]}: {reason}") from error
 
 
-def _class_of(folder: Path) -> Any:
+def _stored_tensors(folder: Path) -> int:
+    """Tensors in the shards of a component, or of all components of a pipeline."""
+    shards = (file for file in (*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")) if file.is_file())
+    return len(checkpoint.read_header(shards))
+
+
+@contextmanager
+def at_most(parameters: int) -> Iterator[None]:
+    """Refuses to build a model of many more parameters than its shards hold: a config may ask for a billion layers.
+
+    Raises:
+        CorruptError: from inside, as soon as there are more.
+    """
+    count = 0
+
+    def counted(module: nn.Module, *_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > parameters:
+            raise CorruptError(f"the config asks for more layers than the shards hold, one of them a {type(module).__name__}")
+
+    handle = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def class_of(folder: Path) -> Any:
     """The diffusers or transformers class that loads a saved folder."""
     import diffusers
 
@@ -253,6 +324,8 @@ def verify(folder: Path) -> None:
     """
     for config in (folder / checkpoint.CONFIG, *sorted(folder.glob(f"*/{checkpoint.CONFIG}"))):
         entry = checkpoint.read_json(config).get("quantization_config") if config.is_file() else None
+        if config.is_file():
+            checkpoint.verify_index(config.parent)
         if isinstance(entry, dict) and isinstance(entry.get("files"), dict):
             checkpoint.verify_hashes(config.parent, entry["files"])
 
@@ -291,3 +364,21 @@ def describe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, Any]]:
     if len(found) == 1:
         return main.recipe, main.layers
     return main.recipe, {f"{part}.{name}": spec for part, one in found.items() for name, spec in one.layers.items()}
+
+
+def stored_sizes(path: str | os.PathLike[str]) -> dict[str, int]:
+    """Bytes of every packed layer of a saved folder (bias aside), named as `describe` names them; only headers are read.
+
+    Raises:
+        CorruptError: when a shard is no safetensors file.
+    """
+    folder, (_, layers) = Path(path), describe(path)
+    found = dict.fromkeys(layers, 0)
+    for part in (folder, *sorted(config.parent for config in folder.glob(f"*/{checkpoint.CONFIG}"))):
+        header = checkpoint.read_header(file for file in sorted(part.glob("*.safetensors")) if file.is_file())
+        for key, (shape, dtype) in header.items():
+            name, _, leaf = key.rpartition(".")
+            owner = name if name in layers else f"{part.name}.{name}"
+            if owner in found and leaf != "bias":
+                found[owner] += math.prod(shape) * (1 if dtype == "U8" else 4)
+    return found

@@ -8,7 +8,7 @@ reservoir samples, largest magnitudes per channel, and the Hessian sum of x x^T 
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,7 @@ def record_calls(
     keep: int = 64,
     prompts: Sequence[str] = (),
     progress: Progress | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[Call]:
     """Denoiser calls of the pipeline's own sampler, from seeded noise.
 
@@ -79,6 +80,7 @@ def record_calls(
         steps: of the sampler; every one of them is recorded at first, then at most `keep` calls stay, spread evenly over the
             steps, and over the batches in turn.
         prompts: for text-to-image pipelines; used in turn.
+        arguments: further ones of the pipeline's call, such as guidance_scale.
     Returns:
         Calls in the order they were made.
     Raises:
@@ -95,7 +97,8 @@ def record_calls(
     try:
         for start in starts:
             size = min(batch, trajectories - start)
-            pipe(**sampler_arguments(pipe, range(start, start + size), trajectories, steps, seed, prompts))
+            known = sampler_arguments(pipe, range(start, start + size), trajectories, steps, seed, prompts)
+            pipe(**known | dict(arguments or {}))
     finally:
         handle.remove()
     if len(calls) <= keep:

@@ -33,6 +33,8 @@ CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 MAX_SHARD = "5GB"
 STATE = "halfbyte_state"  # the metadata key under which `write_state` keeps its entries
+LARGEST_JSON = 1 << 26  # bytes; the index of 100,000 tensors takes a fifth of it
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 ShardError = SafetensorError  # what safetensors raises on a file that is none
 
 
@@ -54,13 +56,13 @@ def write_folder(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
     try:
         partial.mkdir(parents=True)
         write(partial)
-        _sync(partial)
+        sync(partial)
         partial.rename(final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         failure = _os_error(error)
         if failure is not None and not isinstance(error, CheckpointError):
-            raise CheckpointError(_disk_sentence(final, failure)) from error
+            raise CheckpointError(disk_sentence(final, failure)) from error
         raise
     return final
 
@@ -83,7 +85,7 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> Path:
         with contextlib.suppress(OSError):
             partial.unlink()
         if isinstance(error, OSError):
-            raise CheckpointError(_disk_sentence(final, error)) from error
+            raise CheckpointError(disk_sentence(final, error)) from error
         raise
     return final
 
@@ -97,13 +99,13 @@ def _os_error(error: BaseException) -> OSError | None:
     return None
 
 
-def _disk_sentence(path: Path, error: OSError) -> str:
+def disk_sentence(path: Path, error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return f"the disk is full: {path} was not written; free some space and run again"
     return f"{path} was not written: {error.strerror or error}"
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Have the operating system put every file on the disk before the rename makes them visible.
 
     Shards get the permissions the process gives other files; safetensors writes them readable by their owner alone.
@@ -148,6 +150,29 @@ def verify_hashes(folder: Path, files: Mapping[str, str]) -> None:
             raise CorruptError(f"{file} was truncated or altered: its SHA-256 is not the recorded one; copy the folder again")
 
 
+def verify_index(folder: Path) -> None:
+    """Check that every index of a folder names files of that folder only.
+
+    Raises:
+        CorruptError: when one names a file elsewhere, or one that is missing.
+    """
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
+        shards_of(index)
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files an index names, each in the folder of the index. Raises CorruptError as `verify_index` says."""
+    names, folder = read_json(index).get("weight_map"), index.parent
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CorruptError(f"{index} has no weight_map of tensor names to files")
+    for name in set(names.values()):
+        if name in ("", "..") or Path(name).name != name:
+            raise CorruptError(f"{folder} lists a shard {name!r} outside its own folder; the checkpoint is not to be trusted")
+        if "\0" in name or not (folder / name).is_file():
+            raise CorruptError(f"{folder} lacks its shard {name!r}; copy the folder again")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -155,7 +180,13 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: when it cannot be read. CorruptError: when it is not a JSON object.
     """
     try:
+        if os.path.exists(file) and not file.is_file():
+            raise CheckpointError(f"{file} cannot be read: it is no file")  # a pipe or a device might never end
+        if file.is_file() and file.stat().st_size > LARGEST_JSON:
+            raise CorruptError(f"{file} has {file.stat().st_size} bytes, too many for a config or an index")
         data = json.loads(file.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -348,6 +379,13 @@ def read_header(files: Iterable[Path]) -> dict[str, tuple[tuple[int, ...], str]]
     return found
 
 
+def dtype_order(dtypes: Iterable[torch.dtype]) -> list[str]:
+    """Safetensors' names of some dtypes in the order in which it puts them into a file (the wide ones first)."""
+    content = save({str(dtype): torch.zeros(1).to(dtype) for dtype in dtypes})
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return [entry["dtype"] for entry in header.values()]
+
+
 @contextlib.contextmanager
 def unreadable(file: Path) -> Iterator[None]:
     """Turns safetensors' own errors into a sentence that names the file."""
@@ -355,3 +393,12 @@ def unreadable(file: Path) -> Iterator[None]:
         yield
     except ShardError as error:
         raise CorruptError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from error
+
+
+def pickle_sentence(file: Path) -> str:
+    """Why a pickled checkpoint is refused, and how to convert it."""
+    return (
+        f"{file} is a pickled checkpoint, which can run any program when it is opened; convert it first, where you trust it: "
+        f'from safetensors.torch import save_file; save_file(torch.load("{file.name}", weights_only=True), '
+        f'"{file.stem}.safetensors")'
+    )

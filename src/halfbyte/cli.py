@@ -1,16 +1,16 @@
 """The `halfbyte` command: a shell over functions, no computation of its own."""
 
+import math
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    pass
+from halfbyte import cli_evidence
+from halfbyte.terminal import progress
 
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
@@ -24,22 +24,6 @@ app = typer.Typer(
 )
 
 
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar with the time left; yields a function that takes (what is being done, units done, units in all)."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    bar: Progress
-    with Progress(*columns) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def report(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=stage, completed=done, total=total)
-
-        yield report
-
-
 @app.command(epilog="Example:  halfbyte demo --images 512 -o my-demo")
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the page and its figures.")] = Path("halfbyte-demo"),
@@ -49,24 +33,13 @@ def demo(
     recipe: Annotated[list[str] | None, typer.Option(help="Recipes to run; may be repeated.")] = None,
 ) -> None:
     """Quantize the embedded model with every method; a table here, a page with pictures in OUTPUT/report.html."""
-    from halfbyte import demo as demo_room
-    from halfbyte.checkpoint import write_file
-    from halfbyte.recipe import get_recipe
-    from halfbyte.report import save_results, write_report
-    from halfbyte.report.pictures import grid_png
+    from halfbyte.evidence.demo import run_demo
 
-    demo_room.check_extras()
-    settings = demo_room.Settings(images, steps, seed, tuple(recipe or demo_room.RECIPES))
-    for name in settings.recipes:
-        get_recipe(name)
     with progress() as report:
-        results, strips = demo_room.run(settings, report)
-    output.mkdir(parents=True, exist_ok=True)
-    save_results(results, output / "results.json")
-    write_report(results, output / "report.html")
-    write_file(output / "pictures.png", grid_png(strips, columns=len(strips) // len(results["runs"])))
-    _print_runs(results)
-    typer.echo(f"\nThe page with the pictures: {(output / 'report.html').resolve()}")
+        results = run_demo(output, images, steps, seed, tuple(recipe or ()), report)
+    if results is not None:
+        cli_evidence.print_results(results)
+        typer.echo(f"\nThe page with the pictures: {(output / 'report.html').resolve()}")
 
 
 def _lines(file: Path | None) -> list[str]:
@@ -81,32 +54,21 @@ def _lines(file: Path | None) -> list[str]:
         raise HalfbyteError(f"{file} cannot be read as a list of prompts: {error}") from error
 
 
-def _print_runs(results: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{results['settings']['images']} images, {results['settings']['steps']} steps, same noise for every row")
-    for heading in ("recipe", "bits", "size", "SQNR dB", "PSNR dB", "SSIM", "Frechet", "s/image"):
-        table.add_column(heading, justify="left" if heading == "recipe" else "right")
-    for run in results["runs"]:
-        table.add_row(
-            run["recipe"],
-            f"{run['bits']:.2f}",
-            f"{run['bytes'] / run['bytes_bf16']:.3f}x",
-            "" if run["sqnr"] is None else f"{run['sqnr']:.2f}",
-            "" if run["psnr"] is None else f"{run['psnr']['mean']:.2f}",
-            "" if run["ssim"] is None else f"{run['ssim']['mean']:.3f}",
-            f"{run['frechet']:.2f}",
-            f"{run['seconds_per_image']:.3f}",
-        )
-    Console().print(table)
+app.command(name="eval", epilog=cli_evidence.EVAL_EXAMPLES)(cli_evidence.evaluate)
+app.command(epilog=cli_evidence.TABLE_EXAMPLES)(cli_evidence.table)
+app.command(epilog=cli_evidence.REPORT_EXAMPLES)(cli_evidence.report)
 
 
-@app.command(epilog="Examples:  halfbyte quantize my-model -o my-model-4bit    halfbyte quantize my-model -o out --recipe my.yaml")
+@app.command(
+    epilog="Examples:  halfbyte quantize my-model -o my-model-4bit    halfbyte quantize my-model -o out --recipe quartz-w4a8 "
+    "--text-encoders quartz-w4a8    halfbyte quantize my-model -o out --dry-run"
+)
 def quantize(
-    model: Annotated[Path, typer.Argument(help="Folder of a diffusers pipeline, or a model's name on the Hub.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the quantized pipeline.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a pipeline or component, a .safetensors file, or a name on the Hub.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the quantized model.")],
     recipe: Annotated[str, typer.Option(help="A preset, or a .json or .yaml file.")] = "quartz-w4a4",
+    text_encoders: Annotated[str | None, typer.Option(help="A recipe for the text encoders too, such as quartz-w4a8.")] = None,
+    vae: Annotated[str | None, typer.Option(help="A recipe for the autoencoder too, such as int8-w8a8.")] = None,
     gptq: Annotated[bool, typer.Option("--gptq", help="Compensate rounding errors of the weights (minutes; calibrates).")] = False,
     adaround: Annotated[
         bool, typer.Option("--adaround", help="Optimize for every weight whether it is rounded up or down (minutes; calibrates).")
@@ -117,11 +79,15 @@ def quantize(
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps of the calibration.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the calibration.")] = 0,
     layers: Annotated[bool, typer.Option("--layers", help="Print what became of every layer.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would happen: layers, sizes, time, memory.")] = False,
+    config: Annotated[Path | None, typer.Option(help="For a .safetensors file: a diffusers folder of its architecture.")] = None,
 ) -> None:
-    """Quantize a pipeline and save it; load it with DiffusionPipeline.from_pretrained after `import halfbyte`."""
-    from halfbyte import api
-    from halfbyte.conversion import stored_bytes
-    from halfbyte.errors import OutputExistsError, RecipeError
+    """Quantize a model and save it; load it with DiffusionPipeline.from_pretrained after `import halfbyte`.
+
+    Recipes that need no calibration read and write folders a few rows at a time: models larger than memory are no matter.
+    """
+    from halfbyte.errors import HalfbyteError, OutputExistsError, RecipeError, UnstreamableError
     from halfbyte.recipe import get_recipe
 
     chosen = get_recipe(recipe)
@@ -131,11 +97,84 @@ def quantize(
     chosen = chosen if smooth is None else chosen.smoothed(smooth)
     if output.exists():
         raise OutputExistsError(f"{output} exists already; choose another output folder or remove it first")
+    only_streaming = resume or dry_run or text_encoders or vae
+    if not chosen.needs_calibration and model.is_dir():
+        try:
+            _quantize_streaming(model, output, chosen, {"encoders": text_encoders, "vae": vae}, resume, dry_run, layers)
+            return
+        except UnstreamableError as reason:
+            if only_streaming:
+                raise
+            typer.echo(f"{reason}; quantizing in memory")
+    elif only_streaming:
+        option = "--resume" if resume else "--dry-run" if dry_run else "--text-encoders" if text_encoders else "--vae"
+        why = f"recipe {chosen.name!r} calibrates" if chosen.needs_calibration else f"{model} is not a folder"
+        raise HalfbyteError(f"{option} is for folders and recipes that need no calibration; {why}")
+    _quantize_in_memory(model, output, chosen, config, calibrate, _lines(prompts), steps, seed, layers)
+
+
+def _quantize_streaming(
+    model: Path, output: Path, recipe: Any, others: dict[str, Any], resume: bool, dry_run: bool, layers: bool
+) -> None:
+    from halfbyte.errors import StoppedError
+    from halfbyte.report.card import write_card
+    from halfbyte.streaming.verb import forecast, prepare, quantize_folder
+
+    if dry_run:
+        job = prepare(model, recipe, **others)
+        seen = forecast(job)
+        _print_tables(job)
+        for name, why in job.skipped.items():
+            typer.echo(f"left behind  {name}: {why}")
+        typer.echo(
+            f"{seen.input_bytes / 1e9:.2f} GB in, {seen.output_bytes / 1e9:.2f} GB out, about {seen.seconds:.0f} s and "
+            f"{seen.peak_bytes / 1e9:.1f} GB of memory here. Nothing was written."
+        )
+        return
+    try:
+        with progress() as report:
+            job = quantize_folder(model, output, recipe, **others, resume=resume, progress=report)
+    except KeyboardInterrupt:
+        raise StoppedError("stopped; the same command with --resume continues", signal.SIGINT) from None
+    if layers:
+        _print_tables(job)
+    rows = [row for result in job.results.values() for row in result.layers]
+    kept = sum(row.spec is None for row in rows)
+    weights = [(math.prod(row.shape), row.bits) for row in rows if row.spec is not None]
+    write_card(output, str(model), recipe, rows, round(sum(n * bits for n, bits in weights) / 8), sum(2 * n for n, _ in weights))
+    stored, plain = (sum(getattr(plan, name) for plan in job.plans.values()) for name in ("output_bytes", "input_bytes"))
+    typer.echo(
+        f"{len(rows) - kept} layers quantized, {kept} kept in float; {stored / 1e6:.2f} MB instead of {plain / 1e6:.2f} MB "
+        f"({stored / plain:.3f}x). Written to {output}"
+    )
+
+
+def _print_tables(job: Any) -> None:
+    for name, result in job.results.items():
+        typer.echo(f"{name or job.folder}\n{result.table()}\n")
+
+
+def _quantize_in_memory(
+    model: Path,
+    output: Path,
+    recipe: Any,
+    config: Path | None,
+    calibrate: int,
+    prompts: list[str],
+    steps: int,
+    seed: int,
+    layers: bool,
+) -> None:
+    from halfbyte import api
+    from halfbyte.conversion import stored_bytes
+    from halfbyte.report.card import write_card
+
     with progress() as report:
-        pipe = api.load_float(model)
-        result = api.quantize(pipe, chosen, calibrate, prompts=_lines(prompts), steps=steps, seed=seed, progress=report)
+        pipe = api.load_float(model, config)
+        result = api.quantize(pipe, recipe, calibrate, prompts=prompts, steps=steps, seed=seed, progress=report)
     api.save(pipe, output)
     stored, plain = stored_bytes(result.model)
+    write_card(output, str(model), result.recipe, result.layers, stored, plain)
     if layers:
         typer.echo(result.table())
     kept = sum(layer.spec is None for layer in result.layers)
@@ -218,14 +257,29 @@ def heal(
     model: Annotated[Path, typer.Argument(help="Folder that `halfbyte quantize` wrote.")],
     teacher: Annotated[Path, typer.Option(help="The float model it was made from: a folder, or a name on the Hub.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the healed pipeline.")],
-    method: Annotated[str, typer.Option(help="talora: several LoRAs a layer, chosen by timestep; lora: one.")] = "talora",
+    method: Annotated[
+        str, typer.Option(help="talora: several LoRAs a layer, chosen by timestep; lora: one; quest: few layers, and input scales.")
+    ] = "talora",
     minutes: Annotated[float | None, typer.Option(help="End after this much training.  [default: 15, without --steps]")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="End after these optimizer steps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped, with the same options.")] = False,
-    loras: Annotated[int, typer.Option(min=1, max=255, help="LoRAs a layer.")] = 2,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of each LoRA.")] = 16,
-    routing: Annotated[str, typer.Option(help="router: learned; split: equal parts of the timesteps.")] = "router",
-    dfa: Annotated[str, typer.Option(help="Weigh the loss by denoising factors: auto, ddpm, ddim, flow or off.")] = "auto",
+    loras: Annotated[int | None, typer.Option(min=1, max=255, help="talora: LoRAs a layer.  [default: 2]")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="talora, lora: rank of each LoRA.  [default: 16]")] = None,
+    routing: Annotated[
+        str | None, typer.Option(help="talora: router: learned; split: equal parts of the timesteps.  [default: router]")
+    ] = None,
+    dfa: Annotated[
+        str | None,
+        typer.Option(help="talora, lora: weigh the loss by denoising factors: auto, ddpm, ddim, flow or off.  [default: auto]"),
+    ] = None,
+    stages: Annotated[
+        list[str] | None, typer.Option(help="quest: temporal, critical or full; may be repeated.  [default: temporal, critical]")
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="quest: most of the parameters that may be trained.  [default: 0.07]")
+    ] = None,
+    local_weight: Annotated[float | None, typer.Option(help="quest: of the trained layers' errors.  [default: 1]")] = None,
+    global_weight: Annotated[float | None, typer.Option(help="quest: of the prediction's error.  [default: 2]")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples of an optimizer step, over all processes.")] = 32,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts that a process takes its share in, to save memory.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="At its peak, in quantization steps.")] = 2e-2,
@@ -239,6 +293,8 @@ def heal(
     """Win back quality by a short fine-tune against the float model; no data needed."""
     from halfbyte.heal.command import heal_folder
 
+    own: dict[str, object] = {"loras": loras, "rank": rank, "routing": routing, "stages": stages}
+    own |= {"share": share, "local_weight": local_weight, "global_weight": global_weight}
     with progress() as report:
         summary = heal_folder(
             model,
@@ -250,9 +306,6 @@ def heal(
             minutes=15.0 if minutes is None and steps is None else minutes,
             steps=steps,
             resume=resume,
-            loras=loras,
-            rank=rank,
-            routing=routing,
             dfa=dfa,
             batch=batch,
             accumulate=accumulate,
@@ -262,6 +315,7 @@ def heal(
             ema=ema,
             recompute=recompute,
             seed=seed,
+            **{name: value for name, value in own.items() if value is not None},  # those of another method are refused
         )
     if summary:
         typer.echo(summary)
@@ -335,6 +389,18 @@ def bench(
         write_file(json_file, (json.dumps(results, indent=2) + "\n").encode())
 
 
+@app.command(epilog="Example:  halfbyte export my-model-4bit -o my-model-bf16")
+def export(
+    model: Annotated[Path, typer.Argument(help="Folder that `halfbyte quantize` wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the float model.")],
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+) -> None:
+    """Write a 4-bit model as an ordinary float one, for tools that know nothing of halfbyte. Its inputs are no longer rounded."""
+    from halfbyte.export import export as write
+
+    typer.echo(f"Written to {write(model, output, dtype)}")
+
+
 @app.command(epilog="Examples:  halfbyte info    halfbyte info my-model-4bit")
 def info(model: Annotated[Path | None, typer.Argument(help="Folder of a quantized pipeline or component.")] = None) -> None:
     """Without MODEL: the backend and why. With MODEL: what the checkpoint holds, layer by layer."""
@@ -344,16 +410,16 @@ def info(model: Annotated[Path | None, typer.Argument(help="Folder of a quantize
         for key, value in environment().items():
             typer.echo(f"{key:10} {value}")
         return
-    from halfbyte.api import describe
+    from halfbyte.api import describe, stored_sizes
     from halfbyte.runtime.cpu import hindrance_of
 
-    recipe, layers = describe(model)
-    typer.echo(f"recipe {recipe.name}: {len(layers)} packed layers")
+    (recipe, layers), sizes = describe(model), stored_sizes(model)
+    typer.echo(f"recipe {recipe.name}: {len(layers)} packed layers, {sum(sizes.values()) / 1e6:.2f} MB")
     width = max((len(name) for name in layers), default=0)
     for name, spec in layers.items():
         hindrance = hindrance_of(spec)
         note = f"  (reference backend: {hindrance})" if hindrance else ""
-        typer.echo(f"  {name.ljust(width)}  {spec.describe()}{note}")
+        typer.echo(f"  {name.ljust(width)}  {sizes[name] / 1e3:10.1f} KB  {spec.describe()}{note}")
 
 
 def main() -> None:

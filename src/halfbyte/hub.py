@@ -91,6 +91,8 @@ def before_loading(model: nn.Module, config: LayoutConfig, files: Sequence[str |
         CorruptError: when shards were altered, or a packed layer's tensor is missing, unknown or of the wrong shape or dtype.
     """
     paths = [Path(file) for file in files]
+    if len({path.parent for path in paths}) > 1:
+        raise CorruptError(f"the index of {paths[0].parent} lists shards outside one folder; the checkpoint is not to be trusted")
     if config.files and paths:
         verify_hashes(paths[0].parent, config.files)
     config.files = {}  # they describe those shards only, not what is saved from this model later
@@ -102,7 +104,10 @@ def before_loading(model: nn.Module, config: LayoutConfig, files: Sequence[str |
     install(model, layout.layers, layout.smoothed, layout.timesteps)
     if keep_in_float32 is not None:
         keep_in_float32.extend(FLOAT32_BUFFERS)
-    if not paths or any(path.suffix != ".safetensors" for path in paths):
+    pickled = next((path for path in paths if path.suffix != ".safetensors"), None)
+    if pickled is not None:
+        raise CorruptError(f"{pickled} is no safetensors file, and halfbyte opens no other; the checkpoint is not to be trusted")
+    if not paths:
         return
     header, layers = read_header(paths), packed_layers(model)
     entries, smoothed = len(layout.timesteps), layout.smoothed

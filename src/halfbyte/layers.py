@@ -38,6 +38,7 @@ FORWARD_HOOKS = (
     "_forward_hooks_always_called",
 )
 DIRECT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # take their layers' weights and never call them
+DIRECT_READER_NAMES = ("HunyuanDiTAttentionPool",)  # of other libraries
 
 
 def weight_to_matrix(layer: Quantizable, weight: Tensor) -> Tensor:
@@ -117,12 +118,37 @@ class QuantizedLayer:
     weight_choice: Tensor | None  # uint8 (T,): which set of weights serves a timestep, where there are several
     timestep: TimestepState | None = None
 
-    def fixed_scale(self) -> FixedScale | None:
-        """The calibrated scale of the input at this timestep; None where scales are dynamic."""
+    def fixed_scale(self, x: Tensor | None = None) -> FixedScale | None:
+        """The calibrated scale at this timestep; None where scales are dynamic.
+
+        Args:
+            x: the input. Where its rows are at different timesteps, there is an entry for each: (r,), as `input_to_rows` has them.
+        Raises:
+            CalibrationError: when the scale should be calibrated and is not; as `entry` does.
+        """
         scale, zero = self.activation_scale, self.activation_zero
         if scale is None:
+            if self.spec.activation is not None and self.spec.activation.scale != "dynamic":
+                raise CalibrationError(
+                    f"a {type(self).__name__} has {self.spec.activation.scale} input scales that were never calibrated"
+                )
             return None
-        return FixedScale(scale, torch.zeros_like(scale) if zero is None else zero).at(self._row(scale))
+        entry = self._row(scale) if x is None else self.entry(scale, x)
+        return FixedScale(scale, torch.zeros_like(scale) if zero is None else zero).at(entry)
+
+    def entry(self, table: Tensor, x: Tensor) -> int | Tensor:
+        """Which entry of a table over time serves an input: one, or int64 (r,) for each of its rows.
+
+        Raises:
+            CalibrationError: when a table of several entries follows no denoiser, or another one's timesteps; when the rows of the
+                input cannot be told apart.
+        """
+        row = self._row(table)
+        if len(table) == 1 or self.timestep is None:
+            return row
+        count = len(input_to_rows(self, x))  # type: ignore[arg-type]
+        entries = self.timestep.rows(min(len(x), count))
+        return row if entries is None else entries.repeat_interleave(count // len(entries)).to(table.device)
 
     def chosen_set(self) -> int:
         """Which set of weights serves this timestep."""
@@ -135,6 +161,11 @@ class QuantizedLayer:
             raise CalibrationError(
                 f"a {type(self).__name__} has tables over {len(table)} timesteps but follows no denoiser; put the whole model "
                 "through halfbyte, not a part of it"
+            )
+        if len(table) != len(self.timestep.calibrated):
+            raise CalibrationError(
+                f"a {type(self).__name__} has a table of {len(table)} entries for {len(self.timestep.calibrated)} calibrated "
+                "timesteps; quantize the model again, or load the whole of it"
             )
         return self.timestep.row(self.timestep.calibrated)
 
@@ -190,6 +221,15 @@ class FakeQuant(QuantizedLayer):
             made.register_buffer(name, None)
         return made
 
+    @classmethod
+    def like(cls, layer: "FakeQuant") -> Any:
+        """A layer of this class that shares everything of another: parameters, scales, tables and the denoiser it follows."""
+        made = cls.from_float(layer, layer.spec, layer.weight_scale)  # type: ignore[arg-type]
+        for name in ("input_scale", "activation_scale", "activation_zero", "weight_choice", "low_rank"):
+            setattr(made, name, getattr(layer, name))
+        made.timestep = layer.timestep
+        return made
+
     def fix_scale(self, fixed: FixedScale) -> None:
         """Take calibrated scales (T,) of the input, and zero points where its grid is unsigned."""
         device = self.weight.device
@@ -226,7 +266,7 @@ class FakeQuant(QuantizedLayer):
             x = scale_input(layer, x, self.input_scale)
         if self.spec.activation is None:
             return x
-        rows, activation, fixed = input_to_rows(layer, x.detach()), self.spec.activation, self.fixed_scale()
+        rows, activation, fixed = input_to_rows(layer, x.detach()), self.spec.activation, self.fixed_scale(x)
         if self.difference is None:
             rounded = round_activation(rows, activation, fixed)
         else:
@@ -325,8 +365,8 @@ def unsupported(module: Any, parent: nn.Module) -> str | None:
     if kind not in KINDS:
         return "3-D convolutions are not supported"
     reader = next((reader for reader in DIRECT_READERS if isinstance(parent, reader)), None)
-    if reader is not None:
-        return f"nn.{reader.__name__} reads its weights directly"
+    if reader is not None or type(parent).__name__ in DIRECT_READER_NAMES:
+        return f"{type(parent).__name__ if reader is None else f'nn.{reader.__name__}'} reads its weights directly"
     if type(module).forward is not kind.forward:
         return f"{type(module).__name__} has a forward of its own"
     if "forward" in vars(module):

@@ -227,7 +227,14 @@ class AttentionSpec(Fields):
 INT8 = LayerSpec(WeightSpec("int8", scale="absmax"), ActivationSpec("int8"))
 
 
+LAYER_GROUPS = ("modulation", "skip", "text")  # targets.GROUPS has their patterns
+
+
 def _check_pattern(owner: str, pattern: str) -> None:
+    if pattern.startswith("@"):
+        if pattern[1:] not in LAYER_GROUPS:
+            raise RecipeError(f"{owner} has {pattern!r}; the groups of layers are {listed('@' + name for name in LAYER_GROUPS)}")
+        return
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -238,7 +245,7 @@ def _check_pattern(owner: str, pattern: str) -> None:
 class LayerOverride(Fields):
     """Layers that get a spec of their own, edges included."""
 
-    pattern: str  # regular expression, searched in the layer name
+    pattern: str  # regular expression, searched in the layer name; or a group of layers, such as "@modulation"
     spec: LayerSpec
 
     def _check(self) -> None:
@@ -262,7 +269,7 @@ class Recipe(Fields):
     split: bool = False  # convolutions that read a concatenation become a sum of one for each part; calibrates
     attention: AttentionSpec | None = None  # quantize attention's products too; simulated only
     temporal: bool = False  # quantize what an input changed by since the last timestep (MoDiff); simulated only
-    keep: tuple[str, ...] = ()  # regular expressions of layer names to keep in float
+    keep: tuple[str, ...] = ()  # regular expressions of layer names, or groups such as "@text", to keep in float
 
     def _check(self) -> None:
         if isinstance(self.smooth, (int, float)) and not 0 <= self.smooth <= 1:
@@ -353,6 +360,11 @@ PRESETS: dict[str, Recipe] = {
     for recipe in (
         Recipe("quartz-w4a4", LayerSpec(LZS_WEIGHT, LZS_ACTIVATION)),
         Recipe("quartz-w4a8", LayerSpec(LZS_WEIGHT, ActivationSpec("int8"))),
+        Recipe(  # 8-bit inputs where few rows steer everything, in the text stream, and where skip connections join
+            "quartz-guarded-w4a4",
+            LayerSpec(LZS_WEIGHT, LZS_ACTIVATION),
+            overrides=tuple(LayerOverride(f"@{group}", LayerSpec(LZS_WEIGHT, ActivationSpec("int8"))) for group in LAYER_GROUPS),
+        ),
         Recipe(  # the authors' repository: group-64 scales on both sides, plain INT4 weights; simulated only
             "quartz-authors-w4a4",
             LayerSpec(

@@ -16,8 +16,8 @@ KILLS = 10
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
-def start(folder, *launcher):
-    command = [sys.executable, *launcher, SCRIPT, folder]
+def start(folder, *launcher, what="talora"):
+    command = [sys.executable, *launcher, SCRIPT, folder, what]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
@@ -27,23 +27,26 @@ def finish(process):
     return out
 
 
+every_method = pytest.mark.parametrize("what", ["talora", "quest"])
+
+
 @pytest.mark.slow
-def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path):
+@every_method
+def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path, what):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = start(whole)
+    process = start(whole, what=what)
     process.stdout.readline()
     training = time.monotonic()
     finish(process)
     length, chance, steps = time.monotonic() - training, random.Random(0), []
     for _ in range(KILLS):
-        process = start(broken)
+        process = start(broken, what=what)
         assert process.stdout.readline() == "ready\n"
         time.sleep(chance.uniform(0.05, 0.35) * length)
         process.kill()
         process.communicate()
-        rows = (broken / "log.jsonl").read_bytes().splitlines() if (broken / "log.jsonl").exists() else []
-        steps.append(len(rows))
-    finish(start(broken))
+        steps.append(sum(len(file.read_bytes().splitlines()) for file in broken.rglob("log.jsonl")))
+    finish(start(broken, what=what))
     assert len(set(steps)) > 1, "the kills came before the first step"
     expected, found = load_file(whole / "final.safetensors"), load_file(broken / "final.safetensors")
     assert expected.keys() == found.keys()
@@ -71,9 +74,10 @@ LAUNCH = (
 
 
 @pytest.mark.slow
-def test_two_processes_follow_the_loss_curve_of_one(tmp_path):
-    finish(start(tmp_path / "one"))
-    finish(start(tmp_path / "two", *LAUNCH, "--num_processes", "2", "--main_process_port", "0"))
+@every_method
+def test_two_processes_follow_the_loss_curve_of_one(tmp_path, what):
+    finish(start(tmp_path / "one", what=what))
+    finish(start(tmp_path / "two", *LAUNCH, "--num_processes", "2", "--main_process_port", "0", what=what))
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert [row["step"] for row in one] == [row["step"] for row in two]
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-3)

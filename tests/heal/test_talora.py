@@ -293,11 +293,21 @@ def test_refusals(build):
         TALoRA(healed, TIMES, LoRASettings())
 
 
-def test_scales_over_time_are_refused(pipe):
+def test_scales_over_time_are_each_rows_own(pipe):
     recipe = FP4.replace(inner=LayerSpec(WeightSpec("e2m1"), ActivationSpec("e2m1", scale="timestep")))
-    hb.quantize(pipe, recipe, calibration=2, steps=3, simulate=True)
-    with pytest.raises(HealError, match=r"the input scales of time_embedding\.linear_1 change over time"):
-        TALoRA(pipe.unet, TIMES, LoRASettings())
+    student = copy.copy(pipe)
+    student.register_modules(unet=copy.deepcopy(pipe.unet))
+    hb.quantize(student, recipe, calibration=2, steps=3, simulate=True)
+    times = list(student.unet.mid_block.resnets[0].conv1.timestep.calibrated)
+    method = TALoRA(student.unet, times, LoRASettings(rank=4))
+    sample, steps = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 990, 400, 400])
+    with torch.no_grad():
+        mixed = student.unet(sample, steps).sample
+        alone = torch.cat([student.unet(one[None], time).sample for one, time in zip(sample, steps, strict=True)])
+    assert torch.allclose(mixed, alone, atol=1e-4)
+    distill(student.unet, pipe, method, Settings(steps=2, batch=4, sampler_steps=4))
+    method.melt()
+    assert hb.pack(student.unet)(sample, steps).sample.isfinite().all()
 
 
 def test_gamma_weighs_the_loss_by_timestep(pipe):

@@ -169,8 +169,9 @@ def test_refusals(pipe, build):
         ((student, pipe.unet), {}, "the teacher is a UNet2DModel; healing needs its whole pipeline"),
         ((pipe, pipe), {}, "no trainable quantized layers"),
         ((simulated(pipe, "int8-w8a8"), pipe), {}, "none of the 51 quantized layers has weights of fewer than 8 bits"),
-        ((student, pipe), {"method": "magic"}, "unknown method 'magic'; the methods are 'lora', 'talora'"),
-        ((student, pipe), {"momentum": 1}, "heal has no option 'momentum'; its options are 'accumulate', "),
+        ((student, pipe), {"method": "magic"}, "unknown method 'magic'; the methods are 'lora', 'quest', 'talora'"),
+        ((student, pipe), {"momentum": 1}, "heal has no option 'momentum' for talora; its options are 'accumulate', "),
+        ((student, pipe), {"share": 0.1}, "heal has no option 'share' for talora"),
         ((student, pipe), {"dfa": "flow"}, "DDIMScheduler needs denoising factors of the form 'ddpm' or 'ddim', got 'flow'"),
         ((student, pipe), {"rank": 0}, "rank must be"),
     ]:
@@ -235,6 +236,38 @@ def test_the_command_heals_a_folder(monkeypatch, capsys, folders, tmp_path):
     assert (code, "is healed already" in err) == (1, True)
 
 
+def test_the_command_heals_a_folder_by_quest(monkeypatch, capsys, pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    quantized = api.load_float(tmp_path / "model")
+    hb.quantize(quantized, "quest-w4a8", calibration=2, steps=3)
+    hb.save(quantized, tmp_path / "quantized")
+    before = quantized.unet.get_submodule("mid_block.resnets.0.conv1").activation_scale
+    fast = ("--steps", 6, "--batch", 4, "--sampler-steps", 4, "--method", "quest")
+    out = tmp_path / "healed"
+    code, text, err = run(monkeypatch, capsys, "heal", tmp_path / "quantized", "--teacher", tmp_path / "model", "-o", out, *fast)
+    assert code == 0, err
+    words = " ".join(text.split())
+    for part in ("6 steps", "% of the parameters trained", "temporal stage: weights of", "critical stage", "GB of memory"):
+        assert part in words, part
+    folder = tmp_path / "healed.healing"
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")) == [
+        "critical/log.jsonl",
+        "healing.json",
+        "report.html",
+        "temporal/log.jsonl",
+    ]
+    assert "What was trained" in (folder / "report.html").read_text()
+    healed = hb.load(out)
+    scale = healed.unet.get_submodule("mid_block.resnets.0.conv1").activation_scale
+    assert scale.shape == before.shape == (3,)
+    assert not torch.equal(scale, before)
+    assert sample_images(healed, 2, 5).isfinite().all()
+    _, again = load_student(out, api.load_float(tmp_path / "model"))  # healed by quest, a folder is as any other
+    for name, layer in again.named_modules():
+        if isinstance(layer, FakeQuant):
+            assert torch.equal(layer.quantized_weight().levels, healed.unet.get_submodule(name).levels()), name
+
+
 def test_bad_folders_end_in_a_sentence(monkeypatch, capsys, folders, tmp_path):
     quantized, model = folders
     (tmp_path / "taken").mkdir()
@@ -247,7 +280,9 @@ def test_bad_folders_end_in_a_sentence(monkeypatch, capsys, folders, tmp_path):
             (quantized, "--teacher", model, "-o", tmp_path / "out", "--prompts", tmp_path / "none"),
             "cannot be read as a list of prompts",
         ),
-        ((quantized, "--teacher", model, "-o", tmp_path / "out", "--method", "quest"), "unknown method 'quest'"),
+        ((quantized, "--teacher", model, "-o", tmp_path / "out", "--method", "magic"), "unknown method 'magic'"),
+        ((quantized, "--teacher", model, "-o", tmp_path / "out", "--method", "quest", "--rank", 4), "no option 'rank' for quest"),
+        ((quantized, "--teacher", model, "-o", tmp_path / "out", "--share", 0.1), "no option 'share' for talora"),
     ]:
         code, _, err = run(monkeypatch, capsys, "heal", *arguments)
         assert (code, words in err) == (1, True), err

@@ -1,6 +1,7 @@
-"""A small run of the loop as a process of its own, for tests that kill it or start several: tiny_run.py FOLDER [fsdp]."""
+"""A small run of the loop as a process of its own, for tests that kill it or start several: tiny_run.py FOLDER [fsdp|quest]."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from halfbyte.heal.routing import LoRASettings
 from halfbyte.heal.settings import Settings
 from halfbyte.heal.states import PoolSettings, StatePool
 from halfbyte.heal.talora import TALoRA
+from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec
 
 SETTINGS = Settings(steps=24, batch=8, sampler_steps=4, reuse=2.0, learning_rate=1e-2, log_every=1, ema=0.9, save_minutes=1e-9)
 
@@ -36,6 +38,21 @@ def train(folder):
     final = folder / "final.safetensors"
     if PartialState().is_main_process:
         save_file({name: parameter.detach().contiguous() for name, parameter in student.named_parameters()}, final)
+
+
+def quest(folder):
+    """Both stages of QuEST, with its log and what it left in the folder."""
+    pipe, _, _ = tiny()
+    student = copy.copy(pipe)
+    student.register_modules(unet=copy.deepcopy(pipe.unet))
+    spec = LayerSpec(WeightSpec("int4"), ActivationSpec("int4", scale="timestep"))
+    hb.quantize(student, Recipe("timed", spec), calibration=2, steps=4, simulate=True)
+    print("ready", flush=True)
+    own = {key: value for key, value in vars(SETTINGS).items() if key not in ("depth", "weight_decay")}
+    result = hb.heal(student, pipe, "quest", output=folder, resume=True, **own)
+    if PartialState().is_main_process:
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.log))
+        save_file({name: value.contiguous() for name, value in student.unet.state_dict().items()}, folder / "final.safetensors")
 
 
 def fsdp(folder):
@@ -73,4 +90,4 @@ def fsdp(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    (fsdp if sys.argv[2:] == ["fsdp"] else train)(Path(sys.argv[1]))
+    {"fsdp": fsdp, "quest": quest}.get(sys.argv[-1], train)(Path(sys.argv[1]))

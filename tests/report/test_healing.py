@@ -17,16 +17,44 @@ RESULTS = {
     "gamma": [0.5 + time / 1000 for time in range(1000)],
     "stored_bytes": 3_000_000,
     "stored_before": 2_000_000,
+    "share": 0.069,
+    "trained": {},
+    "peak_bytes": 1_250_000_000,
+}
+QUEST = {
+    **RESULTS,
+    "method": "quest",
+    "choice": {},
+    "gamma": None,
+    "trained": {"temporal": {"weights": ["time.<1>"], "scales": ["time.1", "b"]}, "critical": {"weights": [], "scales": []}},
 }
 
 
 def test_the_page_says_what_happened(tmp_path):
     write_healing_report(RESULTS, tmp_path / "page.html", "my model")
     page = (tmp_path / "page.html").read_text()
-    for words in ("my model", "1</strong> of 2", "3.00", "30</strong> steps", "Denoising factors", "Loss", "a.&lt;b&gt;"):
+    for words in (
+        "my model",
+        "1</strong> of 2",
+        "3.00",
+        "30</strong> steps",
+        "Denoising factors",
+        "Loss",
+        "a.&lt;b&gt;",
+        "6.90</strong> %",
+    ):
         assert words in page, words
+    assert "What was trained" not in page
     write_healing_report({**RESULTS, "gamma": None, "log": []}, tmp_path / "page.html", "my model")
     assert "Denoising factors" not in (tmp_path / "page.html").read_text()
+
+
+def test_the_page_of_quest_lists_what_each_stage_trained(tmp_path):
+    write_healing_report(QUEST, tmp_path / "page.html", "my model")
+    page = (tmp_path / "page.html").read_text()
+    for words in ("temporal", "weights of 1 layers", "scales of 2", "time.&lt;1&gt;", "critical", "1.25 GB"):
+        assert words in page, words
+    assert "by timestep" not in page
 
 
 def test_noise_is_on_the_left_and_every_timestep_is_coloured():

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import hashlib
 import io
 import json
 import math
@@ -19,7 +20,9 @@ from PIL import Image
 from halfbyte.errors import CheckpointError, HalfbyteError, MissingExtraError
 from halfbyte.report import check_results, load_results, save_results, write_report
 from halfbyte.report.charts import COLOURS, layer_plot, marker_points, timestep_plot
-from halfbyte.report.page import fixed, significant, spread
+from halfbyte.report.figures import number as fixed
+from halfbyte.report.figures import with_interval
+from halfbyte.report.page import significant
 from halfbyte.report.pictures import GUTTER, data_uri, grid_png, picture_size
 from halfbyte.report.svg import draw
 
@@ -44,6 +47,12 @@ def make_layer(name: str, sqnr: float | None) -> dict:
     }
 
 
+def figure(value: float, half: float | None = None, bias: float | None = None) -> dict:
+    """A figure with an interval of that half length."""
+    known = half is not None
+    return {"value": value, "low": value - half if known else None, "high": value + half if known else None, "bias": bias}
+
+
 def make_run(recipe: str, sqnr: float | None, size: int, bits: float) -> dict:
     """A run; the float one where there is no SQNR."""
     none = sqnr is None
@@ -56,9 +65,9 @@ def make_run(recipe: str, sqnr: float | None, size: int, bits: float) -> dict:
         "bytes_bf16": 8_000_000,
         "sqnr": sqnr,
         "sqnr_by_timestep": [] if none else [[900, sqnr + 2], [500, sqnr], [0, sqnr - 2]],
-        "psnr": None if none else {"mean": sqnr + 8, "stderr": 0.42},
-        "ssim": None if none else {"mean": 0.9125, "stderr": None},
-        "frechet": 1.234,
+        "figures": {"frechet": figure(1.234, 0.1, 0.5)}
+        | ({} if none else {"psnr": figure(sqnr + 8, 0.42), "ssim": figure(0.9125)}),
+        "published": [],
         "seconds_per_image": 0.0512,
         "layers": [] if none else [make_layer(name, None if name == "conv_in" else sqnr + i) for i, name in enumerate(LAYERS)],
         "images": data_uri(grid_png(torch.linspace(0, 1, 256).view(4, 1, 8, 8), 2)),
@@ -73,9 +82,21 @@ def make_results() -> dict:
         make_run(EVIL, 7.9, 2_030_000, 4.06),
         make_run("int8-w8a8", 31.5, 4_010_000, 8.02),
     ]
-    settings = {"images": 64, "steps": 20, "seed": 0, "sampler": "DDIM", "features": "DemoFeatures", "reference_count": 60000}
+    runs[1]["published"] = [{"figure": "psnr", "value": 23.5, "source": "Somebody 2025"}]
+    settings = {
+        "images": 64,
+        "steps": 20,
+        "seed": 0,
+        "batch": 32,
+        "sampler": "DDIM",
+        "arguments": {"guidance_scale": "1.5"},
+        "features": "DemoFeatures",
+        "digest": "0123456789abcdef0123",
+        "reference": "training images",
+        "reference_count": 60000,
+    }
     environment = {"torch": "2.13.0", "threads": "2", EVIL: EVIL}
-    made = {"schema": 1, "model": f"demo {EVIL}", "created": "2025-11-21", "environment": environment}
+    made = {"schema": 2, "model": f"demo {EVIL}", "created": "2025-11-21", "environment": environment}
     return {**made, "settings": settings, "runs": runs}
 
 
@@ -115,7 +136,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.words.append(data)
             if self.open and {"td", "th"} & set(self.open):
                 self.rows[-1][-1] += data
@@ -146,7 +167,7 @@ def test_the_page_loads_nothing(page):
     assert "http://" not in page.text
     assert "https://" not in page.text
     assert "@import" not in page.text
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.elements}
+    assert not {"link", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.elements}
     for tag, attributes in page.elements:
         for name, value in attributes.items():
             if name in ("src", "href", "xlink:href", "data", "action"):
@@ -155,10 +176,14 @@ def test_the_page_loads_nothing(page):
             assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", value or ""))
     policy = next(meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'")
+    assert page.all("script") == [{}]  # one, without a source, and the policy names its hash
+    script = re.search(r"<script>(.*?)</script>", page.text, re.DOTALL)[1]
+    assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+    assert all(target.startswith("data:image/png;base64,") for target in re.findall(r'url\("([^"]*)', page.text))
 
 
 def test_names_are_text_not_markup(page):
-    assert "<script" not in page.text
+    assert page.text.count("<script") == 1
     assert page.prose.count(EVIL) >= 8  # title, heading, tables, captions, legend, layer name, environment
 
 
@@ -179,7 +204,12 @@ def test_ids_are_unique_and_every_reference_leads_somewhere(page):
 
 def test_pictures_and_charts_speak(page):
     assert [bool(image["alt"]) for image in page.all("img")] == [True] * 5
-    assert (page.all("img")[0]["width"], page.all("img")[0]["class"]) == (str(2 * 8 + GUTTER), "pixels")
+    assert page.all("img")[0]["width"] == str(2 * 8 + GUTTER)
+    assert [frame["class"] for frame in page.all("div") if "frame" in frame.get("class", "")] == ["frame pixels"] * 5
+    sliders = page.all("input")
+    assert [slider["type"] for slider in sliders] == ["range"] * 4
+    assert sliders[0]["aria-label"] == "Draw float over quartz-w4a4"
+    assert all("hidden" in slider for slider in sliders)  # the script shows them
     charts = [svg for svg in page.all("svg") if svg.get("class") == "chart"]
     assert len(charts) == 4  # two charts, each for wide and for narrow pages
     assert all(svg["role"] == "img" and svg["aria-labelledby"] for svg in charts)
@@ -192,9 +222,11 @@ def test_the_table_says_what_the_results_say(page):
     rows = [[" ".join(cell.split()) for cell in row] for row in page.rows]
     head = ["Recipe", "Weights", "Activations", "Bits a weight", "Size MB", "Size of bf16"]
     assert rows[0] == [*head, "SQNR dB ↑", "PSNR dB ↑", "SSIM ↑", "Frechet ↓", "Time s an image"]
-    assert rows[1][3:] == ["16.00", "8.00", "1.000×", "–", "–", "–", "1.23", "0.0512"]
+    assert rows[1][3:] == ["16.00", "8.00", "1.000×", "–", "–", "–", "1.231.13 to 1.33", "0.0512"]
+    ours = "24.4424.02 to 24.86published 23.5: Somebody 2025"
     kinds = ["quartz-w4a4lzs4<<4/16 × int8", "lzs4<<4/16", "int8"]  # the kinds stand below the name, too, for narrow pages
-    assert rows[2] == [*kinds, "4.30", "2.15", "0.269×", "16.4", "24.4 ± 0.4", "0.912", "1.23", "0.0512"]
+    assert rows[2] == [*kinds, "4.30", "2.15", "0.269×", "16.4", ours, "0.912", "1.231.13 to 1.33", "0.0512"]
+    assert rows[3][7] == "27.0626.64 to 27.48"
     layer = ["down_blocks.0.conv1", "Conv2d", "32×16×3×3", "lzs4<<4/16", "int8", "4.25", "20.4", "17.4", "inner layer"]
     assert layer in rows
     assert ["conv_in", "Conv2d", "32×16×3×3", "float", "float", "16.00", "–", "–", "kept by the recipe"] in rows
@@ -209,18 +241,20 @@ def test_the_summary(page):
     assert "6 layers, 1 kept in float" in prose
 
 
-def test_the_frechet_distance_is_no_fid(page):
+def test_the_frechet_distance_is_no_fid(page, results, tmp_path):
     prose = page.prose
-    assert "to 60,000 real images, in the features of DemoFeatures. This is no FID :" in prose
-    assert "must not be compared with published FID" in prose
-    assert "A small sample (N = 64) makes it too large" in prose
+    assert "DemoFeatures, weights 0123456789abcdef; real images: training images (60,000)" in prose
+    assert "This is no FID: Inception's features alone make one." in prose
+    assert "Frechet: a sample of this size makes it too large, of int8-w8a8 by about 0.500." in prose
+    results["settings"]["features"] = "Inception-2015 (torch-fidelity)"
+    assert "This is no FID" not in write(results, tmp_path).prose
 
 
 def test_what_was_not_measured_has_no_column(results, tmp_path):
     for run in results["runs"]:
-        run.update(psnr=None, ssim=None, frechet=None, images=None, sqnr_by_timestep=[])
+        run.update(figures={}, images=None, sqnr_by_timestep=[])
         run["layers"] = [layer | {"weight_sqnr": None, "output_sqnr": None} for layer in run["layers"]]
-    results["settings"].update(features=None, reference_count=None)
+    results["settings"].update(features=None, digest=None, reference=None, reference_count=None)
     made = write(results, tmp_path)
     assert len(made.rows[0]) == 8
     assert not made.all("img")
@@ -230,14 +264,16 @@ def test_what_was_not_measured_has_no_column(results, tmp_path):
 
 
 def test_lossless_and_broken_runs(results, tmp_path):
-    lossless = {"mean": math.inf, "stderr": None}
-    results["runs"][1].update(sqnr=math.inf, psnr=lossless, sqnr_by_timestep=[[900, math.inf], [0, math.inf]])
-    results["runs"][2].update(sqnr=-math.inf, psnr={"mean": math.nan, "stderr": None}, frechet=math.nan)
+    results["runs"][1].update(sqnr=math.inf, figures={"psnr": figure(math.inf)}, sqnr_by_timestep=[[900, math.inf], [0, math.inf]])
+    results["runs"][2].update(sqnr=-math.inf, figures={"psnr": figure(math.nan), "frechet": figure(math.nan)})
+    results["runs"][3]["seconds_per_image"] = None
     results["runs"][2]["sqnr_by_timestep"] = [[900, math.nan], [500, 3.0], [0, -math.inf]]
     results["runs"][4]["bytes_bf16"] = 0
     made = write(results, tmp_path)
     assert [row[6] for row in made.rows[1:6]] == ["–", "∞", "−∞", "7.9", "31.5"]
+    assert made.rows[2][7].startswith("∞")
     assert made.rows[3][7] == made.rows[3][9] == "NaN"
+    assert made.rows[4][10] == "–"
     assert made.rows[5][5] == "–"
     assert f"Closest with 4-bit weights 7.9 dB SQNR {EVIL}" in made.prose
 
@@ -262,7 +298,8 @@ def test_numbers(value, digits, shown):
 def test_numbers_with_three_digits():
     shown = [significant(value) for value in (0.01234, 0.5, 1.0, 12.345, 123.4, 123456.0, 0.0, math.inf, None)]
     assert shown == ["0.0123", "0.500", "1.00", "12.3", "123", "123456", "0", "∞", "–"]
-    assert spread({"mean": 0.5, "stderr": 0.25}, 2) == "0.50 ± 0.25"
+    assert with_interval(figure(0.5, 0.25), 2) == "0.50 ± 0.25"
+    assert [with_interval(one, 1) for one in (None, figure(2.0))] == ["–", "2.0"]
 
 
 # Charts
@@ -375,7 +412,8 @@ def places(value: object, path: tuple = ()) -> list[tuple]:
         return places(value[-1], (*path, len(value) - 1)) if value and path[-1] != "shape" else []
     if not isinstance(value, dict):
         return []
-    keys = [] if path[-1:] == ("environment",) else [(*path, key) for key in value]
+    free = path[-1:] in (("environment",), ("figures",), ("arguments",))
+    keys = [] if free else [(*path, key) for key in value]
     return keys + [found for key, entry in value.items() for found in places(entry, (*path, key))]
 
 
@@ -394,7 +432,7 @@ def test_every_missing_key_is_named(results):
 
 
 WRONG = {
-    "another schema": (("schema",), 2, "have schema 2, this halfbyte reads 1"),
+    "another schema": (("schema",), 1, "have schema 1, this halfbyte reads 2"),
     "a number for a string": (("model",), 5, "results.model must be a string, got int 5"),
     "a string for a number": (("runs", 1, "bits"), "4", r"results.runs\[1\].bits must be a number, got str '4'"),
     "true for a number": (("settings", "seed"), True, "results.settings.seed must be a whole number, got bool True"),
@@ -404,11 +442,12 @@ WRONG = {
     "no run": (("runs",), [], "the first run must be the float model"),
     "no mapping": (("runs", 0), "float", r"results.runs\[0\] must be a mapping"),
     "half a pair": (("runs", 1, "sqnr_by_timestep"), [[3]], r"sqnr_by_timestep\[0\] must be a list of 2 numbers"),
-    "half a spread": (
-        ("runs", 1, "psnr"),
-        {"mean": 3},
-        r"runs\[1\].psnr has no 'stderr'; it needs the keys 'mean', 'stderr'",
+    "half a figure": (
+        ("runs", 1, "figures"),
+        {"psnr": {"value": 3, "low": None, "high": None}},
+        r"runs\[1\].figures\['psnr'\] has no 'bias'; it needs the keys 'bias', 'high', 'low', 'value'",
     ),
+    "a published figure without a source": (("runs", 1, "published"), [{"figure": "psnr", "value": 3.0}], "has no 'source'"),
     "numbers in the environment": (("environment",), {"threads": 2}, "environment\\['threads'\\] must be a string, got int 2"),
     "half a choice": (("runs", 1, "layers", 0, "choice"), {"maxval": 1.0}, r"layers\[0\].choice has no "),
     "no float model": (("runs", 0, "sqnr"), 3.0, r"results.runs\[0\] \('float'\) has an SQNR"),
@@ -489,4 +528,4 @@ def test_without_pillow_the_pip_line_is_given(monkeypatch):
 
 def test_a_results_file_is_json_that_others_read(results, tmp_path):
     save_results(results, tmp_path / "results.json")
-    assert json.loads((tmp_path / "results.json").read_bytes())["schema"] == 1
+    assert json.loads((tmp_path / "results.json").read_bytes())["schema"] == 2

@@ -54,7 +54,9 @@ def test_the_reference_can_be_asked_for(choose):
 
 @pytest.mark.parametrize("asked", ["", "gpu", "CPU"])
 def test_an_unknown_backend_is_refused(choose, asked):
-    with pytest.raises(HalfbyteError, match=f"HALFBYTE_BACKEND='{asked}' names no backend; the backends are 'cpu', 'reference'"):
+    with pytest.raises(
+        HalfbyteError, match=f"HALFBYTE_BACKEND='{asked}' names no backend; the backends are 'cpu', 'reference', 'triton'"
+    ):
         choose(asked)
 
 

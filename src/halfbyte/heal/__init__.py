@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte.heal.verb import HealResult
+    from halfbyte.heal.result import HealResult
 
 
 class _Heal(ModuleType):

@@ -8,9 +8,10 @@ from typing import Any
 from halfbyte import api
 from halfbyte.checkpoint import write_file
 from halfbyte.errors import OutputExistsError
+from halfbyte.heal.result import HealResult
 from halfbyte.heal.resume import STATE_FILE
 from halfbyte.heal.student import denoiser_name, load_student
-from halfbyte.heal.verb import HealResult, heal
+from halfbyte.heal.verb import heal
 
 RUN_SUFFIX = ".healing"  # the run's own folder lies beside the output: log, state while it runs, results at the end
 RESULTS_FILE = "healing.json"
@@ -41,7 +42,8 @@ def heal_folder(
     pipe.register_modules(**{denoiser_name(pipe): api.pack_model(result.model)})
     api.save(pipe, output)
     write_file(run / RESULTS_FILE, json.dumps(result.to_dict()).encode())
-    (run / STATE_FILE).unlink(missing_ok=True)
+    for state in run.rglob(STATE_FILE):  # quest has one for each stage
+        state.unlink()
     return _summary(result, output, run)
 
 
@@ -53,8 +55,18 @@ def run_folder(output: Path) -> Path:
 def _summary(result: HealResult, output: Path, run: Path) -> str:
     last = result.log[-1] if result.log else {"step": 0, "seconds": 0.0, "loss": float("nan")}
     several = sum(len(choice.unique()) > 1 for choice in result.choice.values())
+    chosen = f"{several} of {len(result.choice)} layers choose by timestep" if result.choice else _stages(result)
     return (
         f"{last['step']} steps in {last['seconds'] / 60:.1f} minutes, loss {result.log[0]['loss'] if result.log else 0:.5f} to "
-        f"{last['loss']:.5f}; {several} of {len(result.choice)} layers choose by timestep; {result.stored_bytes / 1e6:.2f} MB, "
-        f"{result.stored_before / 1e6:.2f} MB before. Written to {output}, the log to {run}"
+        f"{last['loss']:.5f}; {100 * result.share:.1f} % of the parameters trained; {chosen}; {result.stored_bytes / 1e6:.2f} MB, "
+        f"{result.stored_before / 1e6:.2f} MB before; at most {result.peak_bytes / 1e9:.1f} GB of memory. "
+        f"Written to {output}, the log to {run}"
+    )
+
+
+def _stages(result: HealResult) -> str:
+    """How many layers each stage of quest trained."""
+    return ", ".join(
+        f"{stage} stage: weights of {len(parts['weights'])} layers, scales of {len(parts['scales'])}"
+        for stage, parts in result.trained.items()
     )

@@ -12,6 +12,7 @@ a predicted sample is sqrt(abar / (1 - abar)) dx. Weights are scaled to mean 1 o
 rate keeps its meaning.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -86,3 +87,20 @@ def normalised(factors: Tensor, timesteps: Sequence[int] | Tensor | None = None)
     """Factors scaled to mean 1 over some timesteps, or over all; float32 (T,)."""
     chosen = factors if timesteps is None else factors[torch.as_tensor(timesteps).long().clamp(0, len(factors) - 1)]
     return (factors / chosen.mean()).float()
+
+
+def gamma_at(scheduler: Any, form: str, steps: int, timesteps: Sequence[float], seen: Sequence[float]) -> Tensor:
+    """Denoising factors at some timesteps, with mean 1 over those of a trajectory; float32 (T,).
+
+    Args:
+        form: one of `Form`, or auto.
+        timesteps, seen: where the factors are wanted, and along the trajectory; as the denoiser takes them, in some models
+            fractions of 1.
+    """
+    factors = denoising_factors(scheduler, None if form == "auto" else form, steps)  # type: ignore[arg-type]
+    stretch = len(factors) if max(seen) <= 1 else 1
+
+    def index(times: Sequence[float]) -> list[int]:
+        return [min(len(factors) - 1, math.floor(time * stretch + 0.5)) for time in times]
+
+    return normalised(factors, index(seen))[index(timesteps)]

@@ -24,9 +24,10 @@ from halfbyte.calibration import find_denoiser
 from halfbyte.errors import DivergedError, HealError, StoppedError
 from halfbyte.heal.diagnose import culprit
 from halfbyte.heal.method import Method
-from halfbyte.heal.resume import Log, RunFolder, StopSignal
+from halfbyte.heal.resume import Log, RunFolder
 from halfbyte.heal.settings import Settings
 from halfbyte.heal.states import Batch, PoolSettings, StatePool, draw
+from halfbyte.runs import StopSignal
 
 Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
 TICKS = 1000  # units of progress of a whole run
@@ -161,6 +162,7 @@ class Run:
                 self.seconds += time.perf_counter() - started
                 self._report()
             self._finish()
+        self.log.signal = self.stop.number
         return self.log
 
     def _one_step(self) -> None:

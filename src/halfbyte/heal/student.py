@@ -20,8 +20,8 @@ from halfbyte.splitting import owner_of, split_layers, splits_of
 def load_student(folder: str | os.PathLike[str], teacher: Any) -> tuple[Any, nn.Module]:
     """The pipeline of a quantized folder, and a trainable copy of its denoiser.
 
-    Weights start from the float teacher's where the folder's were rounded to nearest; those of GPTQ and AdaRound stay as they are.
-    Scales, grids and tables are the folder's.
+    Weights start from the float teacher's where the folder's are the nearest to them; those that were compensated (GPTQ, AdaRound)
+    or healed stay as they are. Scales, grids and tables are the folder's.
 
     Raises:
         HealError: when folder and teacher differ in shape, or the folder is healed already.
@@ -57,9 +57,10 @@ def _trainable(layer: Any, packed: Packed) -> FakeQuant:
     kind = next(kind for kind in FAKE_QUANT if isinstance(packed, kind))
     if packed.input_scale is not None:
         scale_inputs(layer, packed.input_scale.reciprocal())
-    if packed.spec.weight.rounding != "nearest":
-        layer.weight = nn.Parameter(matrix_to_weight(layer, packed.levels() * packed.weight_scale).to(layer.weight.dtype))
     made = FAKE_QUANT[kind].from_float(layer, packed.spec, packed.weight_scale)
+    levels = packed.levels()
+    if not torch.equal(made.quantized_weight().levels, levels):  # compensated or healed: they are not the nearest ones
+        made.weight = nn.Parameter(matrix_to_weight(layer, levels * packed.weight_scale).to(layer.weight.dtype))
     for name in ("input_scale", "activation_scale", "activation_zero"):
         setattr(made, name, getattr(packed, name))
     return made  # type: ignore[no-any-return]
@@ -75,6 +76,21 @@ def check_shapes(student: nn.Module, teacher: nn.Module) -> None:
             raise HealError(
                 f"student and teacher differ: {name}.weight is {_words(ours.get(name))} in the student and "
                 f"{_words(theirs.get(name))} in the teacher; give the float model that the student was made from"
+            )
+
+
+def check_tables(student: nn.Module) -> None:
+    """Raises HealError unless every scale that should be calibrated is there, with an entry for each calibrated timestep."""
+    for name, layer in student.named_modules():
+        if not isinstance(layer, FakeQuant) or layer.spec.activation is None or layer.spec.activation.scale == "dynamic":
+            continue
+        kind, table = layer.spec.activation.scale, layer.activation_scale
+        entries = 1 if kind == "static" else 0 if layer.timestep is None else len(layer.timestep.calibrated)
+        if table is None or not entries or len(table) != entries:
+            wanted = f"{entries} entries" if entries else "an entry for each calibrated timestep, and no timestep is known"
+            found = "none" if table is None else len(table)
+            raise HealError(
+                f"the {kind} input scales of {name} need {wanted}, found {found}; quantize the whole model again, with calibration"
             )
 
 

@@ -47,10 +47,7 @@ class LoRALayer(FakeQuant):
     @classmethod
     def wrap(cls, layer: FakeQuant, number: int, routing: Routing) -> Any:
         """A layer like the given one, with a new hub: A random, B zero, so that it computes the same."""
-        made = cls.from_float(layer, layer.spec, layer.weight_scale)  # type: ignore[arg-type]
-        for name in ("input_scale", "activation_scale", "activation_zero", "low_rank"):
-            setattr(made, name, getattr(layer, name))
-        made.timestep = layer.timestep
+        made = cls.like(layer)
         matrix = weight_to_matrix(made, made.weight.detach().float())
         (rows, count), settings = matrix.shape, routing.settings
         rank = min(settings.rank, rows, count)
@@ -202,7 +199,7 @@ def lora_targets(student: nn.Module) -> dict[str, Any]:
     """The layers that get LoRAs, by name: quantized, with weights of fewer than 8 bits.
 
     Raises:
-        HealError: when there is none, one holds several weights already, or input scales change over time.
+        HealError: when there is none, or one holds several weights already.
     """
     layers = {name: layer for name, layer in student.named_modules() if isinstance(layer, FakeQuant)}
     if not layers:
@@ -218,12 +215,6 @@ def lora_targets(student: nn.Module) -> dict[str, Any]:
     healed = next((name for name, layer in found.items() if layer.spec.weight.sets > 1), None)
     if healed is not None:
         raise HealError(f"{healed} holds several weights already; heal the model as it was quantized, not a healed one")
-    timed = next((name for name, layer in layers.items() if layer.spec.over_time), None)
-    if timed is not None:
-        raise HealError(
-            f"the input scales of {timed} change over time, and a batch of this loop mixes timesteps, whose rows would all get one "
-            "scale; heal a recipe with static or dynamic scales"
-        )
     return found
 
 

@@ -1,86 +1,62 @@
 """`halfbyte.heal`: everything between a quantized student and a healed one."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from halfbyte.api import RECIPE_ATTRIBUTE
-from halfbyte.calibration import find_denoiser, record_calls
+from halfbyte.calibration import Call, find_denoiser, record_calls
 from halfbyte.conversion import SIMULATED_ATTRIBUTE
 from halfbyte.errors import DivergedError, HealError, listed
-from halfbyte.heal.dfa import denoising_factors, normalised
+from halfbyte.heal.alignment import SelectiveSettings, align
+from halfbyte.heal.dfa import gamma_at
 from halfbyte.heal.distill import Progress, distill
-from halfbyte.heal.resume import digest
+from halfbyte.heal.memory import peak_memory
+from halfbyte.heal.result import HealResult, stored_bytes
 from halfbyte.heal.routing import LoRASettings
 from halfbyte.heal.settings import Settings
 from halfbyte.heal.states import timestep_of
-from halfbyte.heal.student import check_shapes
+from halfbyte.heal.student import check_shapes, check_tables
 from halfbyte.heal.talora import TALoRA
-from halfbyte.layers import FakeQuant, QuantizedLayer
-from halfbyte.runtime.layers import packed_shapes
+from halfbyte.layers import QuantizedLayer
+from halfbyte.runs import digest
 
-METHODS = ("talora", "lora")
+METHODS: dict[str, type] = {"talora": LoRASettings, "lora": LoRASettings, "quest": SelectiveSettings}
 STEPS = 1000  # of a run that is given no end
-LEARNING_RATE = 2e-2  # quantization steps that a weight's correction may move at an optimizer step
+LEARNING_RATE = 2e-2  # quantization steps that a weight, or a LoRA's correction of it, may move at an optimizer step
 
 
 @dataclass
-class HealResult:
-    """What a fine-tune left.
-
-    Attributes:
-        model: the student, in place: trainable layers with healed weights; `halfbyte.pack` makes them 4-bit.
-        log: rows of step, loss, gradient_norm, learning_rate, seconds.
-        timesteps: the entries of the tables, ascending, as the denoiser takes them.
-        choice: by layer, which of its weight sets serves each of them: uint8 (T,).
-        gamma: weight of the loss at each of them, float32 (T,); None: all alike.
-        stored_bytes, stored_before: of the quantized layers' codes, scales and shifts, packed; with all sets, and with one.
-    """
+class Job:
+    """A call of `heal`, checked."""
 
     model: nn.Module
+    teacher: Any
     method: str
-    settings: dict[str, Any]
-    log: list[dict[str, Any]]
-    timesteps: list[float]
-    choice: dict[str, Tensor]
-    gamma: Tensor | None
-    stored_bytes: int
-    stored_before: int
+    settings: Settings
+    own: Any  # the method's settings
+    dfa: str
+    calls: list[Call]  # of the teacher, along one trajectory
+    run: dict[str, Any]  # further arguments of the loop
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON, for reports; choices as runs of (set, number of timesteps)."""
-        runs = {}
-        for name, choice in self.choice.items():
-            sets, lengths = choice.unique_consecutive(return_counts=True)
-            runs[name] = [[int(number), int(length)] for number, length in zip(sets, lengths, strict=True)]
-        return {
-            "method": self.method,
-            "settings": self.settings,
-            "log": self.log,
-            "timesteps": self.timesteps,
-            "choice": runs,
-            "gamma": None if self.gamma is None else self.gamma.tolist(),
-            "stored_bytes": self.stored_bytes,
-            "stored_before": self.stored_before,
-        }
+    @property
+    def seen(self) -> list[float]:
+        """The timesteps of the trajectory."""
+        return [timestep_of(call, find_denoiser(self.teacher)) for call in self.calls]
 
 
 def heal(
     student: Any,
     teacher: Any,
-    method: Literal["talora", "lora"] = "talora",
+    method: Literal["talora", "lora", "quest"] = "talora",
     *,
     steps: int | None = None,
     minutes: float | None = None,
-    loras: int = 2,
-    rank: int = 16,
-    routing: Literal["router", "split"] = "router",
-    dfa: Literal["auto", "ddpm", "ddim", "flow", "off"] = "auto",
+    dfa: Literal["auto", "ddpm", "ddim", "flow", "off"] | None = None,
     prompts: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -92,44 +68,55 @@ def heal(
     Args:
         student: what `halfbyte.quantize(..., simulate=True)` left: a pipeline, or its denoiser.
         teacher: the float pipeline that the student was made from; its sampler makes the training states.
-        method: talora: several LoRAs a layer, chosen by timestep; lora: one.
+        method: talora: several LoRAs a layer, chosen by timestep; lora: one; quest: the weights of the time embedding and of the
+            most sensitive layers, and all calibrated input scales.
         steps, minutes: where the run ends, the nearer of the two; neither: 1000 steps.
-        loras, rank: of every layer's hub.
-        routing: router: which LoRA serves a timestep is learned; split: equal parts.
-        dfa: weigh the loss by denoising factors: auto takes the form that suits the scheduler.
+        dfa: weigh the loss by denoising factors: auto takes the form that suits the scheduler. None: auto, but off for quest, which
+            has no such weights.
         prompts: for text-to-image pipelines.
         output: folder for the run's state and log; `resume` continues it.
         progress: called with (what is being done, units done, units in all).
-        options: further fields of `halfbyte.heal.settings.Settings`, such as batch, learning_rate, seed, bf16, ema.
+        options: fields of `halfbyte.heal.settings.Settings`, such as batch, learning_rate, seed, bf16, ema; and of the method's own
+            settings: `LoRASettings` (loras, rank, routing) or `SelectiveSettings` (stages, share, local_weight, global_weight).
     Returns:
         A HealResult; `halfbyte.pack(result.model)` makes the healed student 4-bit.
     Raises:
         HealError and its kinds: see halfbyte.errors.
     """
-    model = _denoiser(student)
-    settings = _settings(steps, minutes, options)
-    hub = LoRASettings(loras=1 if _known(method) == "lora" else loras, rank=rank, routing=routing)
+    end = STEPS if steps is None and minutes is None else steps
+    settings, own = _settings(method, {**options, "steps": end, "minutes": minutes})
+    model = student if isinstance(student, nn.Module) else find_denoiser(student)
     if isinstance(teacher, nn.Module) or not hasattr(teacher, "components"):
         raise HealError(
             f"the teacher is a {type(teacher).__name__}; healing needs its whole pipeline, whose sampler makes the data"
         )
     float_model = find_denoiser(teacher)
     check_shapes(model, float_model)
+    check_tables(model)
+    if method == "quest" and dfa not in (None, "off"):
+        raise HealError(f"quest has no denoising factors, got dfa {dfa!r}; leave it out, or heal with talora")
     if getattr(model, SIMULATED_ATTRIBUTE, None):
         raise HealError(f"this {type(model).__name__} cannot be healed: {getattr(model, SIMULATED_ATTRIBUTE)}; quantize it without")
     identity = _identity(model, teacher, prompts)
-    seen = [timestep_of(call, float_model) for call in record_calls(teacher, 1, settings.sampler_steps, prompts=prompts)]
-    timesteps = _timesteps(model, teacher.scheduler, max(seen))
-    gamma = None if dfa == "off" else _gamma(teacher.scheduler, dfa, settings.sampler_steps, timesteps, seen)
-    before = stored_bytes(model)
+    run = {"prompts": prompts, "folder": output, "resume": resume, "identity": identity, "progress": progress}
+    calls = record_calls(teacher, 1, settings.sampler_steps, prompts=prompts)
     if any(isinstance(layer, nn.Conv2d) for layer in model.modules()):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         float_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    talora = TALoRA(model, timesteps, hub, gamma, settings.seed)
+    job = Job(model, teacher, method, settings, own, dfa or "auto", calls, run)
+    return _heal_quest(job) if method == "quest" else _heal_talora(job)
+
+
+def _heal_talora(job: Job) -> HealResult:
+    model, timesteps, before = job.model, _timesteps(job), stored_bytes(job.model)
+    scheduler, steps = job.teacher.scheduler, job.settings.sampler_steps
+    gamma = None if job.dfa == "off" else gamma_at(scheduler, job.dfa, steps, timesteps, job.seen)
+    talora = TALoRA(model, timesteps, job.own, gamma, job.settings.seed)
+    known = dict(model.named_parameters())
+    trained = sum(known[name].numel() for name in talora.trained())
+    share = trained / sum(parameter.numel() for parameter in find_denoiser(job.teacher).parameters())
     try:
-        log = distill(
-            model, teacher, talora, settings, prompts=prompts, folder=output, resume=resume, identity=identity, progress=progress
-        )
+        log = distill(model, job.teacher, talora, job.settings, **job.run)
     except DivergedError:
         talora.melt()  # the student keeps the last good state
         raise
@@ -137,27 +124,40 @@ def heal(
         talora.remove()  # the student is as it came, so that the same call with resume can go on
         raise
     choice = talora.melt()
-    used = {**asdict(settings), **asdict(hub), "dfa": dfa}
-    return HealResult(model, method, used, log.rows, timesteps, choice, gamma, stored_bytes(model), before)
+    return HealResult(
+        model, job.method, _used(job), log.rows, timesteps, choice, gamma, stored_bytes(model), before, share, {}, peak_memory()
+    )
 
 
-def _denoiser(student: Any) -> nn.Module:
-    return student if isinstance(student, nn.Module) else find_denoiser(student)
+def _heal_quest(job: Job) -> HealResult:
+    before = stored_bytes(job.model)
+    done = align(job.model, job.teacher, job.settings, job.own, job.calls, **job.run)
+    trained = {stage.name: {"weights": [*stage.weights], "scales": [*stage.scales]} for stage in done.stages}
+    timesteps, stored = _timesteps(job), stored_bytes(job.model)
+    return HealResult(
+        job.model, job.method, _used(job), done.log, timesteps, {}, None, stored, before, done.share, trained, peak_memory()
+    )
 
 
-def _known(method: str) -> str:
+def _used(job: Job) -> dict[str, Any]:
+    """All settings of a run, for its results."""
+    used = {**asdict(job.settings), **asdict(job.own)}
+    return used if job.method == "quest" else {**used, "dfa": job.dfa}
+
+
+def _settings(method: str, options: Mapping[str, Any]) -> tuple[Settings, Any]:
+    """The loop's settings and the method's, from options by name."""
     if method not in METHODS:
         raise HealError(f"unknown method {method!r}; the methods are {listed(METHODS)}")
-    return method
-
-
-def _settings(steps: int | None, minutes: float | None, options: Mapping[str, Any]) -> Settings:
-    names = {item.name for item in fields(Settings)}
-    unknown = set(options) - names
+    loop, own = ({item.name for item in fields(kind)} for kind in (Settings, METHODS[method]))
+    unknown = set(options) - loop - own
     if unknown:
-        raise HealError(f"heal has no option {listed(unknown)}; its options are {listed(names)}")
-    end = STEPS if steps is None and minutes is None else steps
-    return Settings(**{"learning_rate": LEARNING_RATE, **options, "steps": end, "minutes": minutes})
+        raise HealError(f"heal has no option {listed(unknown)} for {method}; its options are {listed(loop | own)}")
+    mine = {key: value for key, value in options.items() if key in own}
+    if method == "lora":
+        mine["loras"] = 1
+    rest = {key: value for key, value in options.items() if key in loop}
+    return Settings(**{"learning_rate": LEARNING_RATE, **rest}), METHODS[method](**mine)
 
 
 def _identity(model: nn.Module, teacher: Any, prompts: Sequence[str]) -> dict[str, Any]:
@@ -171,36 +171,14 @@ def _identity(model: nn.Module, teacher: Any, prompts: Sequence[str]) -> dict[st
     }
 
 
-def _timesteps(model: nn.Module, scheduler: Any, largest: float) -> list[float]:
+def _timesteps(job: Job) -> list[float]:
     """The entries of the tables: those that the model's layers have already, else every timestep of the scheduler.
 
-    Args:
-        largest: timestep the denoiser was seen to take; some models take fractions of 1.
+    Some models take timesteps as fractions of 1.
     """
-    timed = next((m.timestep for m in model.modules() if isinstance(m, QuantizedLayer) and m.spec.over_time and m.timestep), None)
+    layers = (layer for layer in job.model.modules() if isinstance(layer, QuantizedLayer))
+    timed = next((layer.timestep for layer in layers if layer.spec.over_time and layer.timestep), None)
     if timed is not None:
         return list(timed.calibrated)
-    count = int(scheduler.config.num_train_timesteps)
-    return [index / count if largest <= 1 else float(index) for index in range(count)]
-
-
-def _gamma(scheduler: Any, form: str, steps: int, timesteps: Sequence[float], seen: Sequence[float]) -> Tensor:
-    """Denoising factors at the entries of the tables, with mean 1 over the timesteps of a trajectory."""
-    factors = denoising_factors(scheduler, None if form == "auto" else form, steps)  # type: ignore[arg-type]
-    stretch = len(factors) if max(seen) <= 1 else 1
-
-    def index(times: Sequence[float]) -> list[int]:
-        return [min(len(factors) - 1, math.floor(time * stretch + 0.5)) for time in times]
-
-    return normalised(factors, index(seen))[index(timesteps)]
-
-
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of the codes, scales, shifts and tables of a model's trainable quantized layers, once packed."""
-    total = 0
-    for layer in model.modules():
-        if isinstance(layer, FakeQuant):
-            timesteps = len(layer.timestep.calibrated) if layer.timestep is not None else 1
-            shapes = packed_shapes(layer, layer.spec, layer.input_scale is not None, timesteps)  # type: ignore[arg-type]
-            total += sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
-    return total
+    count = int(job.teacher.scheduler.config.num_train_timesteps)
+    return [index / count if max(job.seen) <= 1 else float(index) for index in range(count)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.calibration import InputStatistics
+from halfbyte.errors import CalibrationError
 from halfbyte.formats import Grid, get_grid, round_to_grid
 from halfbyte.layers import GridChoice
 from halfbyte.quantizers import CACHED_VALUES, FixedScale, absmax_scale, quantize_weight, weight_scale
@@ -106,7 +107,9 @@ def search_input(statistics: InputStatistics, names: Sequence[str], points: int,
     found = [input_candidates(values, get_grid(name), low, high, points).best(FINALISTS) for name in names]
     if matrix is None:
         return found
-    return [_by_output(one, statistics.rows, matrix) for one in found]  # type: ignore[arg-type]
+    if statistics.rows is None:
+        raise CalibrationError("the error of a layer's output needs `rows` among its statistics")
+    return [_by_output(one, statistics.rows, matrix) for one in found]
 
 
 def search_weight(matrix: Tensor, spec: WeightSpec, search: GridSearch, rows: Tensor | None) -> tuple[WeightSpec, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The page of a healing run: its loss, the weight of every timestep, and which weights serve which timesteps."""
+"""The page of a healing run: its loss, what was trained, the weight of every timestep, and which weights serve which timesteps."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,19 @@ from halfbyte.report.allocation import allocation_svg
 from halfbyte.report.charts import gamma_plot, loss_plot
 from halfbyte.report.page import drawn, environment
 
-KEYS = ("method", "settings", "log", "timesteps", "choice", "gamma", "stored_bytes", "stored_before")
+KEYS = (
+    "method",
+    "settings",
+    "log",
+    "timesteps",
+    "choice",
+    "gamma",
+    "stored_bytes",
+    "stored_before",
+    "share",
+    "trained",
+    "peak_bytes",
+)
 
 
 def write_healing_report(results: Any, path: str | Path, title: str) -> None:
@@ -37,7 +49,7 @@ def write_healing_report(results: Any, path: str | Path, title: str) -> None:
         settings=json.dumps(results["settings"], indent=1),
         sets=max((number + 1 for runs in results["choice"].values() for number, _ in runs), default=1),
         several=sum(len({number for number, _ in runs}) > 1 for runs in results["choice"].values()),
-        allocation=allocation_svg(results["choice"], results["timesteps"]),
+        allocation=allocation_svg(results["choice"], results["timesteps"]) if results["choice"] else "",
         charts=[drawn(plot) for plot in plots if plot is not None],
     )
     write_file(path, text.encode("utf-8"))

@@ -1,5 +1,7 @@
 """The page itself: what it says about the results, and how it comes to disk."""
 
+import base64
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +10,15 @@ from typing import Any
 from halfbyte.checkpoint import write_file
 from halfbyte.errors import MissingExtraError
 from halfbyte.report.charts import COLOURS, Plot, layer_plot, marker_points, timestep_plot
+from halfbyte.report.figures import KINDS, MISSING, half_width, measured
+from halfbyte.report.figures import number as fixed
 from halfbyte.report.pictures import picture_size
-from halfbyte.report.schema import Results, Run, Spread, check_results, finite
+from halfbyte.report.schema import Figure, Results, Run, check_results, finite
 from halfbyte.report.svg import draw
 
 FOUR_BITS = 6.0  # stored bits a weight below which a recipe counts as 4-bit: shifts and 8-bit edges come on top of 4
 PIXELS_BELOW = 800  # width of a picture that the page enlarges, and so shows pixel by pixel; larger ones are smoothed
-MISSING = "–"
+SCRIPT = Path(__file__).with_name("templates") / "slider.js"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"fixed": fixed, "spread": spread, "significant": significant, "ratio": ratio, "errors": errors}
+    made.filters |= {"fixed": fixed, "interval": interval, "significant": significant, "ratio": ratio, "errors": errors}
     made.globals |= {
         "marker_points": marker_points,
         "colours": COLOURS,
@@ -71,7 +75,7 @@ def environment() -> Any:
 
 def render(results: Results) -> str:
     """The page as text."""
-    runs = results["runs"]
+    runs, script = results["runs"], SCRIPT.read_text(encoding="utf-8")
     template = environment().get_template("report.html.j2")
     page: str = template.render(
         results=results,
@@ -79,7 +83,11 @@ def render(results: Results) -> str:
         runs=runs,
         quantized=runs[1:],
         cards=cards(results),
-        measured=[key for key in ("psnr", "ssim", "frechet", "images") if any(dict(run)[key] is not None for run in runs)],
+        kinds=measured(runs),
+        labels={key: kind.label for key, kind in KINDS.items()},
+        pictured=[run for run in runs if run["images"] is not None],
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         charts=[drawn(plot) for plot in (layer_plot(runs[1:]), timestep_plot(runs[1:])) if plot is not None],
     )
     return page
@@ -100,28 +108,17 @@ def cards(results: Results) -> list[Card]:
     close = [run for run in quantized if run["bits"] < FOUR_BITS and finite(run["sqnr"])]
     if close:
         closest = max(close, key=lambda run: run["sqnr"] or 0.0)
-        made.append(Card("Closest with 4-bit weights", fixed(closest["sqnr"]), "dB SQNR", closest["recipe"]))
+        made.append(Card("Closest with 4-bit weights", fixed(closest["sqnr"], 1), "dB SQNR", closest["recipe"]))
     steps = f"from the same noise, {settings['steps']} steps"
     made.append(Card("Compared", f"{settings['images']:,}", "image" if settings["images"] == 1 else "images", steps))
     return made
 
 
-def fixed(value: float | None, digits: int = 1) -> str:
-    """A number with so many decimals, in words of symbols where it is none."""
-    if value is None:
-        return MISSING
-    if math.isnan(value):
-        return "NaN"
-    shown = f"{abs(value):.{digits}f}" if math.isfinite(value) else "∞"
-    return f"−{shown}" if value < 0 and shown.strip("0.") else shown
-
-
-def spread(value: Spread | None, digits: int = 1) -> str:
-    """Mean ± standard error."""
-    if value is None:
-        return MISSING
-    error = "" if value["stderr"] is None else f" ± {fixed(value['stderr'], digits)}"
-    return fixed(value["mean"], digits) + error
+def interval(figure: Figure | None, digits: int) -> str:
+    """A figure's 95 % interval; empty where there is none."""
+    if figure is None or half_width(figure) is None:
+        return ""
+    return f"{fixed(figure['low'], digits)} to {fixed(figure['high'], digits)}"
 
 
 def significant(value: float | None) -> str:

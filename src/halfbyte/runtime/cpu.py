@@ -5,28 +5,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfbyte.errors import PackedError
 from halfbyte.formats import get_grid
 from halfbyte.layers import TRANSPOSED, matrix_shape
 from halfbyte.packing import check_rows
 from halfbyte.quantizers import FixedScale
 from halfbyte.recipe import ActivationSpec, LayerSpec
 from halfbyte.runtime import engine
+from halfbyte.runtime.geometry import Geometry, geometry_of
 
 FLOAT_INPUT = "its input stays in float"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How the engine runs one layer; plain numbers, so that a compiled graph can hold them."""
+class Plan(Geometry):
+    """How the engine runs one layer."""
 
-    sizes: tuple[int, ...]  # inputs, outputs, kernel, stride, dilation (h, w each), padding (top, bottom, left, right), groups
     format: tuple[int, ...]  # of the input: grid code, max_shift, subgroup, top, truncate
-    grow: tuple[int, ...]  # F.pad's argument where the padding is not with zeros; else empty
-    grow_mode: str
 
 
 def hindrance_of(spec: LayerSpec) -> str | None:
@@ -44,32 +40,12 @@ def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
         return FLOAT_INPUT
     if matrix_shape(layer)[1] > engine.longest_k():
         return f"its dot products are longer than {engine.longest_k()}"
-    if isinstance(layer, nn.Linear):
-        sizes: tuple[int, ...] = (layer.in_features, layer.out_features, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1)
-        return Plan(sizes, _input_format(spec.activation), (), "")
-    before, after = _padding(layer)
-    zeros = layer.padding_mode == "zeros"
-    one = (1,) * (2 - len(layer.kernel_size))  # a Conv1d is a Conv2d of height 1
-    shape = (*one, *layer.kernel_size, *one, *layer.stride, *one, *layer.dilation)
-    none = (0,) * len(one)
-    ends = zip((*none, *before), (*none, *after), strict=True) if zeros else ((0, 0), (0, 0))
-    sizes = (layer.in_channels, layer.out_channels, *shape, *(end for pair in ends for end in pair), layer.groups)
-    grow = () if zeros else tuple(end for pair in zip(reversed(before), reversed(after), strict=True) for end in pair)
-    return Plan(sizes, _input_format(spec.activation), grow, layer.padding_mode)
+    found = geometry_of(layer)
+    return Plan(found.sizes, found.grow, found.grow_mode, _input_format(spec.activation))
 
 
 def _input_format(spec: ActivationSpec) -> tuple[int, ...]:
     return engine.grid_code(get_grid(spec.grid).name), spec.max_shift, spec.subgroup, spec.top, int(spec.rounding == "truncate")
-
-
-def _padding(layer: Any) -> tuple[list[int], list[int]]:
-    """Padding before and after each spatial axis; 'same' puts the odd one after, as torch does."""
-    if layer.padding == "valid":
-        return [0] * len(layer.kernel_size), [0] * len(layer.kernel_size)
-    if layer.padding == "same":
-        total = [dilation * (kernel - 1) for dilation, kernel in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return [each // 2 for each in total], [each - each // 2 for each in total]
-    return list(layer.padding), list(layer.padding)
 
 
 def make_tiles(layer: Any) -> Tensor:
@@ -116,24 +92,13 @@ def forward(layer: Any, plan: Plan, x: Tensor, chosen: int = 0, fixed: FixedScal
     Raises:
         PackedError: when the input does not have the layer's number of channels, or is smaller than its kernel.
     """
-    linear = isinstance(layer, nn.Linear)
-    axis = -1 if linear else -1 - len(layer.kernel_size)
-    fits = x.ndim >= 1 if linear else x.ndim in (-axis, 1 - axis)
-    if not fits or x.shape[axis] != plan.sizes[0]:
-        raise PackedError(f"{layer} takes {plan.sizes[0]} channels; got an input of shape {tuple(x.shape)}")
+    plan.check(layer, x)
     tiles = layer.tiles() if layer.spec.weight.sets == 1 else layer.tiles()[chosen]
     calibrated = (None, None) if fixed is None else (fixed.scale, fixed.zero)
     weights = tiles, layer.weight_scale, layer.bias, plan.format, *calibrated
-    if linear:
+    if isinstance(layer, nn.Linear):
         return torch.ops.halfbyte.linear(x, *weights)  # type: ignore[no-any-return]
-    images = F.pad(x, plan.grow, mode=plan.grow_mode) if plan.grow else x
-    spatial, single = len(layer.kernel_size), x.ndim == len(layer.kernel_size) + 1
-    images = images.unsqueeze(0) if single else images
-    images = images.unsqueeze(2) if spatial == 1 else images
-    channels_last = spatial == 2 and layer.makes_channels_last(x)
-    y: Tensor = torch.ops.halfbyte.conv2d(images, plan.sizes, channels_last, *weights)
-    y = y.squeeze(2) if spatial == 1 else y
-    return y.squeeze(0) if single else y
+    return plan.over_images(layer, x, lambda images, last: torch.ops.halfbyte.conv2d(images, plan.sizes, last, *weights))
 
 
 def takes(x: Tensor) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import HalfbyteError, PackedError
+from halfbyte.runtime.geometry import output_size
 
 try:
     import halfbyte.runtime._engine as _engine
@@ -63,15 +64,9 @@ def _conv2d(x: Tensor, sizes: Sequence[int], channels_last: bool, *weights: Any)
 
 
 def _conv2d_output(x: Tensor, sizes: Sequence[int], channels_last: bool, *_: Any) -> Tensor:
-    outputs, kernel, stride, dilation, ends = sizes[1], sizes[2:4], sizes[4:6], sizes[6:8], sizes[8:12]
-    height, width = (
-        (x.shape[2 + axis] + ends[2 * axis] + ends[2 * axis + 1] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
-        for axis in (0, 1)
-    )
-    if height < 1 or width < 1:
-        raise PackedError(f"a kernel of {kernel[0]}x{kernel[1]} does not fit into an image of {x.shape[2]}x{x.shape[3]}")
+    size = output_size(x.shape[2:], sizes[2:4], sizes[4:6], sizes[6:8], sizes[8:12])
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((x.shape[0], outputs, height, width), dtype=x.dtype, device=x.device, memory_format=layout)
+    return torch.empty((x.shape[0], sizes[1], *size), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _call(

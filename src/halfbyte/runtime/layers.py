@@ -18,7 +18,7 @@ from halfbyte.layers import FakeQuant, Quantizable, QuantizedLayer, adopt, follo
 from halfbyte.packing import pack_nibbles, unpack_nibbles
 from halfbyte.quantizers import QuantizedWeight, decode_weight
 from halfbyte.recipe import LayerSpec
-from halfbyte.runtime import cpu
+from halfbyte.runtime import cpu, gpu
 from halfbyte.runtime.backends import engine_plan
 from halfbyte.runtime.ops import quantized_forward
 from halfbyte.runtime.tiled import Tiled
@@ -28,16 +28,38 @@ BUFFERS = (
 )  # fmt: skip
 
 
+# What may be asked of a stand-in: nothing that needs its values, or would change them.
+METADATA = {
+    "__get__", "__repr__", "__len__", "__format__", "__hash__", "dim", "size", "stride", "numel", "nelement", "element_size",
+    "get_device", "is_contiguous", "is_floating_point", "is_complex", "is_same_size", "detach", "expand", "requires_grad_",
+    "untyped_storage", "data_ptr", "is_pinned",
+}  # fmt: skip
+
+
 class PackedWeight(Tensor):
-    """Stands where a float weight would: shape, dtype and device, no values."""
+    """Stands where a float weight would: shape, dtype and device, no values. Whatever needs its values fails with a sentence.
+
+    `.data` is the stand-in itself: adapters look at its shape, and fail where they would write into it.
+    """
 
     _is_hf_initialized = True  # transformers draws random values for weights that a checkpoint lacks, unless they say this
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") not in METADATA:
+            raise PackedError(
+                "a packed 4-bit layer has no float weight to read or write; "
+                "merge the adapter into the float model and quantize that"
+            )
+        return super().__torch_function__(function, types, args, kwargs)
+
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
-        raise PackedError(
-            "a packed 4-bit layer has no float weight to read or write; merge the adapter into the float model and quantize that"
-        )
+    def data(self) -> Tensor:
+        return self
+
+    @data.setter
+    def data(self, _: Tensor) -> None:
+        raise PackedError("a packed 4-bit layer has no float weight to replace; quantize the float model that has the new one")
 
 
 class _NoBackward(torch.autograd.Function):
@@ -60,6 +82,13 @@ class Packed(Tiled, QuantizedLayer):
     weight_scale: Tensor  # float32 (O, 1), the same for all sets
     weight_shift: Tensor | None  # uint8, nibbles (O, ceil(ceil(K / subgroup) / 2)), or (sets, ...)
     plan: cpu.Plan | str  # how the C++ engine runs this layer, or why it does not
+    gpu_plan: gpu.Plan | str  # likewise the GPU's
+
+    def __new__(cls, *sizes: Any, **options: Any) -> Any:
+        """Called with sizes, as PEFT does to make a small layer of the kind it adapts, it gives the plain torch layer."""
+        if sizes or options:
+            return next(kind for kind, packed in PACKED.items() if packed is cls)(*sizes, **options)
+        return super().__new__(cls)
 
     @classmethod
     def empty(cls, layer: Quantizable, spec: LayerSpec, smoothed: bool = False, timesteps: int = 1) -> Any:
@@ -73,23 +102,21 @@ class Packed(Tiled, QuantizedLayer):
             raise PackedError(f"{spec.describe()} cannot be packed: {hindrance}; it exists for simulation (simulate=True)")
         made = adopt(cls, layer)  # type: ignore[arg-type]
         made.spec, made.bias = spec, layer.bias
-        made.plan = cpu.plan_for(made, spec)
+        made.plan, made.gpu_plan = cpu.plan_for(made, spec), gpu.plan_for(made, spec)
         for name in BUFFERS:
             made.register_buffer(name, None)
-        made.register_buffer("weight_tiles", None, persistent=False)
+        made.register_buffer("weight_tiles", None)  # never saved: saving asks for the codes, which takes its place
         for name, (shape, dtype) in packed_shapes(layer, spec, smoothed, timesteps).items():
             setattr(made, name, torch.empty(shape, dtype=dtype, device=layer.weight.device))
         return made
 
     def store(self, sets: Sequence[QuantizedWeight]) -> None:
         """Take the levels, shifts and scale of a weight, or of all its sets (which share their scale)."""
-        four_bit = get_grid(self.spec.weight.grid).bits == 4
-        codes = [pack_nibbles(one.codes()) if four_bit else one.codes().contiguous() for one in sets]
-        shifts = [pack_nibbles(one.shift) for one in sets if one.shift is not None]
-        self.weight_codes = codes[0] if len(codes) == 1 else torch.stack(codes)
-        self.weight_scale = sets[0].scale.contiguous()
-        if shifts:
-            self.weight_shift = shifts[0] if len(shifts) == 1 else torch.stack(shifts)
+        parts = [packed_tensors(one) for one in sets]
+        for name in ("weight_codes", "weight_shift"):
+            if name in parts[0]:
+                setattr(self, name, parts[0][name] if len(parts) == 1 else torch.stack([part[name] for part in parts]))
+        self.weight_scale = parts[0]["weight_scale"]
 
     @property
     def weight(self) -> Tensor:
@@ -126,16 +153,28 @@ class Packed(Tiled, QuantizedLayer):
         plan = engine_plan(layer, x)
         with torch.no_grad():
             scaled = x if self.input_scale is None else scale_input(layer, x, self.input_scale)
-            chosen, fixed = self.chosen_set(), self.fixed_scale()
-            if plan is None:
+            chosen, fixed = self.chosen_set(), self.fixed_scale(scaled)
+            if plan is None or (fixed is not None and fixed.scale.ndim):  # the engine takes one scale for all rows
                 activation = self.spec.activation
                 y = quantized_forward(self, scaled, self.levels(chosen), self.weight_scale, self.bias, activation, fixed)
+            elif isinstance(plan, gpu.Plan):
+                y = gpu.forward(layer, plan, scaled, chosen, fixed)
             else:
                 y = cpu.forward(layer, plan, scaled, chosen, fixed)
         return _NoBackward.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}"  # type: ignore[misc]
+
+
+def packed_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """A quantized weight as it is stored: codes, shifts where it has them, and scale. Rows can be made apart and put together."""
+    four_bit = get_grid(weight.spec.grid).bits == 4
+    made = {"weight_codes": pack_nibbles(weight.codes()) if four_bit else weight.codes().contiguous()}
+    made["weight_scale"] = weight.scale.contiguous()
+    if weight.shift is not None:
+        made["weight_shift"] = pack_nibbles(weight.shift)
+    return made
 
 
 def packed_shapes(

@@ -22,6 +22,8 @@ class Tiled:
     """Mixed into packed layers; expects the buffers of NEUTRAL and a buffer `weight_tiles` that is not saved."""
 
     weight_tiles: Tensor | None  # uint8 (bytes,), or (sets, bytes)
+    weight_codes: Tensor
+    weight_shift: Tensor | None
 
     def tiles(self) -> Tensor:
         """The codes in the engine's order; re-orders them if they are not."""
@@ -35,6 +37,13 @@ class Tiled:
         tiles = cpu.reorder(torch.ops.halfbyte.pack, buffers["weight_codes"], buffers["weight_shift"], self)
         buffers["weight_tiles"], buffers["weight_codes"], buffers["weight_shift"] = tiles, None, None
         return tiles
+
+    def neutral(self) -> tuple[Tensor, Tensor | None]:
+        """Codes and shifts in the order of the checkpoint; they stay so."""
+        buffers: dict[str, Any] = self._buffers
+        if torch.compiler.is_compiling() and buffers["weight_codes"] is not None:  # traced: no locks in a graph
+            return buffers["weight_codes"], buffers["weight_shift"]
+        return self.weight_codes, self.weight_shift
 
     def to_neutral(self) -> None:
         """Codes and shifts back in the order of the checkpoint; the tiles are dropped."""
@@ -79,6 +88,8 @@ def to_tiles(layer: Any) -> Tensor:
     tiles: Tensor | None = buffers["weight_tiles"]
     if tiles is not None:
         return tiles
+    if "_hf_hook" in vars(layer):  # accelerate puts buffers in place by name before every call, and takes them away after it
+        return cpu.make_tiles(layer)
     with _CHANGING, torch.inference_mode(False), torch.no_grad():
         if (tiles := buffers["weight_tiles"]) is None:  # else another thread was faster
             tiles = buffers["weight_tiles"] = cpu.make_tiles(layer)

@@ -1,7 +1,8 @@
-"""Float against quantized: the same noise through both, and what came out different."""
+"""Two models on the same noise: their images, their predictions and their layers."""
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.calibration import Call, find_denoiser, record_calls, sampler_arguments, to_device
-from halfbyte.conversion import packed_layers
+from halfbyte.errors import EvaluationError, listed
+from halfbyte.layers import QuantizedLayer
 from halfbyte.metrics import SignalToNoise
 from halfbyte.splitting import owner_of
 from halfbyte.timestep import TimestepState
@@ -49,11 +51,37 @@ def sample_images(
         for start in range(0, count, batch):
             indices = range(start, min(count, start + batch))
             share = len(indices)
-            arguments = sampler_arguments(pipe, indices, count, steps, seed, prompts) | {"output_type": "pt"}
-            made.append(_as_tensor(pipe(**arguments).images))
+            made.append(sample_batch(pipe, indices, count, steps, seed, prompts))
     finally:
         handle.remove()
     return torch.cat(made)
+
+
+@torch.inference_mode()
+def sample_batch(
+    pipe: Any,
+    indices: Sequence[int],
+    total: int,
+    steps: int,
+    seed: int = 0,
+    prompts: Sequence[str] = (),
+    arguments: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """The images of some indices out of `total`, in one call of the pipeline.
+
+    Args:
+        arguments: further ones of the call, such as guidance_scale.
+    Returns:
+        float32 (len(indices), C, H, W) in [0, 1], on the CPU.
+    Raises:
+        EvaluationError: when the pipeline does not take an argument.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    unknown = set(arguments or ()) - set(accepted)
+    if unknown:
+        raise EvaluationError(f"{type(pipe).__name__} takes no argument {listed(unknown)}; it takes {listed(accepted)}")
+    call = sampler_arguments(pipe, indices, total, steps, seed, prompts) | {"output_type": "pt"} | dict(arguments or {})
+    return _as_tensor(pipe(**call).images)
 
 
 def _as_tensor(images: Any) -> Tensor:
@@ -73,11 +101,19 @@ class States:
 
 
 @torch.inference_mode()
-def float_states(pipe: Any, trajectories: int, steps: int, seed: int, keep: int = 20, prompts: Sequence[str] = ()) -> States:
+def float_states(
+    pipe: Any,
+    trajectories: int,
+    steps: int,
+    seed: int,
+    keep: int = 20,
+    prompts: Sequence[str] = (),
+    arguments: Mapping[str, Any] | None = None,
+) -> States:
     """Record the float pipeline: inputs, timesteps and predictions of at most `keep` calls, spread over the trajectory."""
     denoiser = find_denoiser(pipe)
     pipe.set_progress_bar_config(disable=True)
-    calls = record_calls(pipe, trajectories, steps, seed, batch=trajectories, keep=keep, prompts=prompts)
+    calls = record_calls(pipe, trajectories, steps, seed, batch=trajectories, keep=keep, prompts=prompts, arguments=arguments)
     state, states = TimestepState(), States(calls, [], [])
     handle = state.attach(denoiser)
     try:
@@ -111,7 +147,7 @@ def prediction_sqnr(denoiser: nn.Module, states: States) -> tuple[float, list[tu
 
 @torch.inference_mode()
 def layer_sqnr(reference: nn.Module, quantized: nn.Module, calls: Sequence[Call]) -> dict[str, float]:
-    """SQNR in dB of each packed layer's output, given the float model's input of that layer: the damage each does alone.
+    """SQNR in dB of each quantized layer's output, given the float model's input of that layer: the damage each does alone.
 
     Layers that were split count as a whole.
     """
@@ -123,9 +159,12 @@ def layer_sqnr(reference: nn.Module, quantized: nn.Module, calls: Sequence[Call]
 
         return look
 
-    owners = [owner_of(quantized, name) for name in packed_layers(quantized)]
+    parts = {name: layer for name, layer in quantized.named_modules() if isinstance(layer, QuantizedLayer)}
+    owners = dict.fromkeys(owner_of(quantized, name) for name in parts)
     layers = {name: quantized.get_submodule(name) for name in owners}
     handles = [reference.get_submodule(name).register_forward_hook(compare(name, layer)) for name, layer in layers.items()]
+    timesteps = {id(layer.timestep): layer.timestep for layer in parts.values() if layer.timestep is not None}
+    handles += [state.attach(reference) for state in timesteps.values()]  # tables over time follow the model that is called
     try:
         for call in calls:
             predict(reference, call)

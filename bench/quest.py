@@ -1,0 +1,95 @@
+"""QuEST's ablations on the demo model: what each component of the selective fine-tune is worth, and what the time embedding costs.
+
+    python bench/quest.py                                both tables, three seeds
+    python bench/quest.py --table components --steps 1500 --seeds 0 1 -o quest.json
+    python bench/quest.py --table temporal
+
+`components` adds temporal alignment, critical modules and the global loss one after the other, and gives all layers, and TALoRA,
+the same time. In arXiv 2402.03666 (LSUN-Bedrooms, W4A8, FID) AdaRound alone has 6.95, with temporal alignment (and the global loss)
+4.41, with both stages 3.26. `temporal` quantizes the path of the time embedding alone, and everything but it (the paper's property
+1, LDM-4), and heals with stage 1. Published distances are of another data set and in other features than ours; compare how rows
+follow each other. Then memory of a step, beside that of the float model with the same weights trained. Runs that are in the output
+file already are not made again.
+"""
+
+import re
+
+from rich.console import Console
+from rich.table import Table
+
+from halfbyte import demo
+from halfbyte.api import quantize
+from halfbyte.bench.ablation import Effort, Row, main
+from halfbyte.calibration import record_calls
+from halfbyte.conversion import quantizable_layers
+from halfbyte.heal.alignment import SelectiveSettings, plan
+from halfbyte.heal.memory import step_peaks
+from halfbyte.heal.selective import Selective, parameters_of
+from halfbyte.heal.settings import Settings
+from halfbyte.heal.states import PoolSettings, StatePool
+from halfbyte.recipe import Recipe, get_recipe
+from halfbyte.targets import TARGETS
+
+LOCAL = {"method": "quest", "global_weight": 0.0}
+STAGE_1 = {"method": "quest", "stages": "temporal"}
+COMPONENTS = {
+    "not healed": Row("quest-w4a4", published="6.95"),
+    "scales alone": Row("quest-w4a4", {"method": "quest", "share": 0.0}),
+    "+ temporal": Row("quest-w4a4", {**LOCAL, "stages": "temporal"}),
+    "+ critical": Row("quest-w4a4", LOCAL),
+    "+ global loss": Row("quest-w4a4", {"method": "quest"}, "3.26"),
+    "global loss alone": Row("quest-w4a4", {"method": "quest", "local_weight": 0.0}),
+    "all layers, same time": Row(
+        "quest-w4a4", {"method": "quest", "stages": "full", "local_weight": 0.0}, as_long_as="+ global loss"
+    ),
+    "TALoRA, same time": Row("quest-w4a4", {"method": "talora"}, as_long_as="+ global loss"),
+}
+
+
+def part(name: str, temporal: bool) -> Recipe:
+    """A preset for the layers of the time embedding alone, or for all others alone."""
+    unet = demo.load_pipeline().unet
+    target = TARGETS[type(unet).__name__]
+    others = [re.escape(layer) for layer in quantizable_layers(unet) if target.is_temporal(layer) != temporal]
+    where = "time-embedding" if temporal else "but-time-embedding"
+    recipe = get_recipe(name)
+    return recipe.replace(name=f"{name}-{where}", edge=None if temporal else recipe.edge, keep=(rf"^({'|'.join(others)})$",))
+
+
+def temporal_rows() -> dict[str, Row]:
+    rows = {}
+    for name in ("quest-w8a8", "quest-w4a8", "quest-w4a4"):
+        only = part(name, temporal=True)
+        rows[f"{name}, only the time embedding"] = Row(only)
+        rows[f"{name}, only the time embedding + stage 1"] = Row(only, STAGE_1)
+    for name, published in {"quest-w8a8": ("6.77", "7.58", "5.61"), "quest-w4a8": ("7.55", "8.59", "6.95")}.items():
+        rows[f"{name}, all but the time embedding"] = Row(part(name, temporal=False), published=published[0])
+        rows[f"{name}, all"] = Row(name, published=published[1])
+        rows[f"{name}, all + stage 1"] = Row(name, STAGE_1, published[2])
+    return rows
+
+
+def memory(effort: Effort) -> Table:
+    """Peaks of a step of each stage, beside the float model's; the bar is 1.6."""
+    pipe, student = demo.load_pipeline(), demo.load_pipeline()
+    quantize(student, "quest-w4a4", effort.calibrate, steps=effort.sampler_steps, simulate=True)
+    calls = record_calls(pipe, 1, effort.sampler_steps)
+    settings = Settings(steps=1, batch=effort.batch, sampler_steps=effort.sampler_steps)
+    batch = StatePool(pipe, PoolSettings(effort.batch, effort.sampler_steps), range(effort.batch)).batch(0)
+    table = Table("stage", "trained %", "healing MB", "float MB", "ratio", title=f"peak memory of a step of {effort.batch}")
+    total = sum(parameter.numel() for parameter in pipe.unet.parameters())
+    for names in (("temporal", "critical"), ("full",)):
+        selective = SelectiveSettings(stages=names)
+        for stage in plan(student.unet, pipe, settings, selective, calls):
+            method = Selective(student.unet, pipe.unet, stage, selective)
+            healing, plain = step_peaks(method, student.unet, pipe.unet, batch)
+            share = 100 * parameters_of(method.before, [stage]) / total
+            table.add_row(stage.name, f"{share:.2f}", f"{healing / 1e6:.0f}", f"{plain / 1e6:.0f}", f"{healing / plain:.2f}")
+            method.remove()
+    return table
+
+
+if __name__ == "__main__":
+    smoke = ("not healed", "+ global loss", "all layers, same time", "quest-w4a8, only the time embedding + stage 1")
+    effort = main(__doc__, {"components": COMPONENTS, "temporal": temporal_rows()}, "quest.json", smoke)
+    Console(width=140).print(memory(effort))

@@ -1,0 +1,263 @@
+"""QuEST's fine-tune (arXiv 2402.03666) of chosen layers: their weights, straight through, and the scales of inputs, as LSQ has it.
+
+    loss of a row = local_weight * mean over chosen layers of ||o - o'||^2 / energy  +  global_weight * ||y - y'||^2
+
+o and o' are what a layer puts out in the student (on quantized inputs) and in the float teacher, y and y' the two predictions,
+norms are means over values. The paper sums squared errors of layers as they are; here each is divided by the energy of the layer's
+output, and their mean is taken, so that no layer counts more for its scale and the two weights mean the same in every model.
+
+- A rounded weight follows Q(w): every update may flip it, in both directions. The authors' code freezes the round-up bits.
+- Scales are learned as logarithms of what they are relative to calibration: they stay positive, and one rate suits all. Each row
+  of a batch uses the scale of its own timestep; zero points and weight scales stay as calibrated.
+- The weights of all other layers are rounded once. Only what is trained has gradients and optimizer state.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from halfbyte.errors import HealError
+from halfbyte.heal.method import Method, mean_square
+from halfbyte.heal.states import Batch, prediction
+from halfbyte.heal.talora import replace
+from halfbyte.layers import FAKE_QUANT, FakeQuant, apply_layer, input_to_rows, rows_to_input, scale_input, weight_to_matrix
+from halfbyte.quantizers import round_learned, straight_through
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage trains."""
+
+    name: str
+    weights: tuple[str, ...]  # layers whose weight and bias are trained
+    scales: tuple[str, ...]  # layers whose calibrated input scales are
+    energy: Mapping[str, float] = field(repr=False, default_factory=dict)  # mean square of each trained layer's output
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "weights": list(self.weights), "scales": list(self.scales)}
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How the parts of the loss count, and how fast scales learn.
+
+    Raises:
+        HealError: for values that make no sense.
+    """
+
+    local_weight: float = 1.0
+    global_weight: float = 2.0
+    scale_rate: float = 0.25  # relative change of a scale where a weight moves by one quantization step; 0: they stay as calibrated
+
+    def __post_init__(self) -> None:
+        for name in ("local_weight", "global_weight", "scale_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise HealError(f"{name} must be >= 0, got {getattr(self, name)!r}")
+        if not self.local_weight and not self.global_weight:
+            raise HealError("local_weight and global_weight are both 0, which leaves nothing to minimise; set one above 0")
+
+
+class SelectiveLayer(FakeQuant):
+    """A trainable quantized layer in which little is trained; mixed into the torch layer class that names its kind."""
+
+    held: Tensor | None  # the rounded weight, where it is not trained
+    log_scale: Any  # nn.Parameter float32 (T,): log of the input's scale over the calibrated one; None where it is not trained
+
+    @classmethod
+    def wrap(cls, layer: FakeQuant, weight: bool, scale: bool) -> Any:
+        """A layer like the given one that computes the same, with parameters of its own for what is trained."""
+        made = cls.like(layer)
+        made.register_buffer("held", None, persistent=False)
+        made.register_parameter("log_scale", None)
+        if weight:
+            made.weight = nn.Parameter(layer.weight.detach().clone())
+            made.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        else:
+            made.held = layer.rounded_weight(layer.weight.detach())
+        if scale and layer.activation_scale is not None:
+            made.log_scale = nn.Parameter(torch.zeros_like(layer.activation_scale))
+        return made
+
+    def learned_scale(self) -> Tensor:
+        """Scales of the input as they are now, float32 (T,)."""
+        assert self.activation_scale is not None
+        return self.activation_scale * self.log_scale.exp()  # type: ignore[no-any-return]
+
+    def step(self) -> float:
+        """How far apart the values are that a weight can take, averaged over the layer."""
+        matrix = weight_to_matrix(self, self.weight.detach().float())  # type: ignore[arg-type]
+        noise = (self.quantized_weight().dequantize() - matrix).square().mean(1)
+        return float(torch.where(noise > 0, (12 * noise).sqrt(), self.weight_scale.amax(1)).mean())
+
+    def rounded_weight(self, weight: Tensor) -> Tensor:
+        return super().rounded_weight(weight) if self.held is None else self.held
+
+    def rounded_input(self, x: Tensor) -> Tensor:
+        if self.log_scale is None:
+            return super().rounded_input(x)
+        layer: Any = self
+        x = x if self.input_scale is None else scale_input(layer, x, self.input_scale)
+        rows = input_to_rows(layer, x)
+        with torch.autocast(x.device.type, enabled=False):
+            scale = self.learned_scale()
+            count = x.numel() // len(x) * self.spec.activation.top  # type: ignore[union-attr]
+            scale = straight_through(scale / math.sqrt(count), scale)  # LSQ's factor of the gradient (section 2.2)
+        entry = self.entry(scale, x)
+        zero = torch.zeros_like(scale) if self.activation_zero is None else self.activation_zero
+        own = (table[entry].expand(len(rows)) for table in (scale, zero))
+        rounded = round_learned(rows, *own, self.spec.activation)  # type: ignore[call-arg, arg-type]
+        return rows_to_input(layer, rounded, x.shape).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.held is None:
+            return super().forward(x)
+        rounded = self.rounded_input(x)
+        with _without(rounded):
+            return self.add_branch(apply_layer(self, rounded, self.held, self.bias), x)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _without(x: Tensor) -> saved_tensors_hooks:
+    """While entered, autograd keeps shape and strides of a tensor instead of the tensor.
+
+    torch keeps a convolution's input even where only the gradient of the input is asked for, which does not depend on it.
+    """
+    pointer, shape, strides, like = x.data_ptr(), x.shape, x.stride(), x.new_empty(0)  # x itself must not live on in here
+
+    def pack(saved: Tensor) -> Tensor | None:
+        return None if saved.data_ptr() == pointer and saved.shape == shape else saved
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        return like.new_empty_strided(shape, strides) if kept is None else kept
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+KINDS: dict[type, type[SelectiveLayer]] = {
+    kind: type(f"Selective{layer.__name__}", (SelectiveLayer, layer), {"__doc__": f"{layer.__name__} in which little is trained."})
+    for kind, layer in FAKE_QUANT.items()
+}
+
+
+class Selective(Method):
+    """One stage: put its layers into a student, train them, and take them out again with `melt` or `remove`.
+
+    Args:
+        student: with trainable quantized layers, all of which are replaced in place.
+        teacher: the float model, with the same names.
+    """
+
+    name = "quest"
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, stage: Stage, weights: LossWeights) -> None:
+        self.student, self.teacher, self.stage, self.settings = student, teacher, stage, weights
+        self.before: dict[str, Any] = dict(quantized_layers(student))
+        self.layers: dict[str, Any] = {}
+        for name, layer in self.before.items():
+            kind = next(kind for kind in KINDS if isinstance(layer, kind))
+            self.layers[name] = KINDS[kind].wrap(layer, name in stage.weights, name in stage.scales)
+        replace(student, self.layers)
+        self.look: Callable[[str, Tensor], None] | None = None  # at the outputs of the trained layers, while a loss is computed
+        self.handles: list[Any] = []
+        if weights.local_weight:
+            for model in (student, teacher):
+                self.handles += [model.get_submodule(name).register_forward_hook(self._watch(name)) for name in stage.weights]
+
+    def _watch(self, name: str) -> Callable[..., None]:
+        def look(_: nn.Module, __: Any, output: Tensor) -> None:
+            if self.look is not None:
+                self.look(name, output)
+
+        return look
+
+    def trained(self) -> dict[str, float]:
+        rates: dict[str, float] = {}
+        for name in self.stage.weights:
+            layer = self.layers[name]
+            rates |= {f"{name}.{part}": layer.step() for part in ("weight", "bias") if getattr(layer, part) is not None}
+        rates |= {
+            f"{name}.log_scale": self.settings.scale_rate for name in self.stage.scales if self.layers[name].log_scale is not None
+        }
+        return rates
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self.settings), "stage": self.stage.identity()}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        rows, local = len(batch.target), batch.target.new_zeros(len(batch.target), dtype=torch.float32)
+        exact: dict[str, list[Tensor]] = {}
+
+        def keep(name: str, output: Tensor) -> None:
+            exact.setdefault(name, []).append(output)
+
+        def compare(name: str, output: Tensor) -> None:  # at once, so that the teacher's output need not be kept
+            nonlocal local
+            with saved_tensors_hooks(_same, _same):  # where a block is computed again, this is no part of it
+                error = mean_square(output.reshape(rows, -1), exact[name].pop(0).reshape(rows, -1))
+                local = local + error / self.stage.energy[name]
+
+        if self.handles:
+            with torch.no_grad(), torch.autocast(batch.target.device.type, enabled=False):
+                self._run(self.teacher, batch, keep)
+        predicted = self._run(model, batch, compare if self.handles else None)
+        losses = self.settings.global_weight * mean_square(predicted, batch.target)
+        return losses + self.settings.local_weight / max(1, len(self.stage.weights)) * local
+
+    def _run(self, model: nn.Module, batch: Batch, look: Callable[[str, Tensor], None] | None) -> Tensor:
+        """What a model predicts; `look` is shown what its trained layers put out."""
+        self.look = look
+        try:
+            return prediction(model(*batch.args, **batch.kwargs))
+        finally:
+            self.look = None
+
+    def remove(self) -> None:
+        """Take the layers out again; the student is as it came."""
+        for handle in self.handles:
+            handle.remove()
+        replace(self.student, self.before)
+
+    @torch.no_grad()
+    def melt(self) -> None:
+        """Take the layers out and leave in the student what they have learned."""
+        for name, layer in self.layers.items():
+            before = self.before[name]
+            if name in self.stage.weights:
+                before.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
+                before.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+            if layer.log_scale is not None:
+                before.activation_scale = layer.learned_scale()
+        self.remove()
+
+
+def quantized_layers(student: nn.Module) -> dict[str, FakeQuant]:
+    """The layers that a student can be healed in, by name.
+
+    Raises:
+        HealError: when there is none, or one holds several weights already.
+    """
+    layers = {name: layer for name, layer in student.named_modules() if isinstance(layer, FakeQuant)}
+    if not layers:
+        raise HealError(
+            f"this {type(student).__name__} has no trainable quantized layers; run halfbyte.quantize with simulate=True on it first"
+        )
+    healed = next((name for name, layer in layers.items() if layer.spec.weight.sets > 1), None)
+    if healed is not None:
+        raise HealError(f"{healed} holds several weights already; heal the model as it was quantized, not a healed one")
+    return layers
+
+
+def parameters_of(layers: Mapping[str, Any], stages: Sequence[Stage]) -> int:
+    """How many parameters some stages train: weights, biases and scales, each counted once."""
+    weights = {name for stage in stages for name in stage.weights}
+    scales = {name for stage in stages for name in stage.scales}
+    counted = sum(p.numel() for name in weights for p in (layers[name].weight, layers[name].bias) if p is not None)
+    return int(counted + sum(table.numel() for name in scales if (table := layers[name].activation_scale) is not None))

@@ -1,0 +1,8 @@
+for (const slider of document.querySelectorAll("input.cut")) {
+  const pair = slider.closest(".pair");
+  slider.hidden = false;
+  slider.addEventListener("input", () => {
+    pair.style.setProperty("--cut", `${slider.value}%`);
+    slider.setAttribute("aria-valuetext", `${slider.value} % float, the rest ${slider.dataset.recipe}`);
+  });
+}

@@ -1,0 +1,161 @@
+"""The GPU backend: which packed layers the Triton kernels take, and the two torch operators they are reached by.
+
+    halfbyte::triton_linear    x (..., K)       -> (..., N)          in the dtype of x
+    halfbyte::triton_conv2d    x (B, C, H, W)   -> (B, N, H', W')    in the dtype of x; channels-last or contiguous, as asked
+
+Codes stay in the checkpoint's order. Nothing here waits for the GPU, so that CUDA graphs can hold a whole model.
+"""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.formats import get_grid
+from halfbyte.layers import TRANSPOSED
+from halfbyte.quantizers import FixedScale
+from halfbyte.recipe import ActivationSpec, LayerSpec, WeightSpec
+from halfbyte.runtime.engine import DTYPES, LIBRARY
+from halfbyte.runtime.geometry import Geometry, geometry_of, output_size
+
+INTERPRET = "TRITON_INTERPRET"
+INPUT_NUMBERS = 8  # of `Plan.grids`: what the input's grid takes; the rest is the weight's
+
+
+@dataclass(frozen=True)
+class Plan(Geometry):
+    """How the kernels run one layer."""
+
+    grids: tuple[int, ...]  # the fields of triton_kernels.InputGrid, then those of WeightGrid
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is asked for: the kernels then run on the CPU, very slowly."""
+    return os.environ.get(INTERPRET) == "1"
+
+
+@cache
+def missing() -> str | None:
+    """Why the kernels cannot run in this process; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; run: pip install 'halfbyte[triton]'"
+    if not (torch.cuda.is_available() or interpreting()):
+        return f"there is no GPU ({INTERPRET}=1 runs its kernels in an interpreter)"
+    return None
+
+
+@cache
+def kernels() -> ModuleType:
+    """The module of the kernels; importing it imports triton."""
+    from halfbyte.runtime import triton_kernels
+
+    return triton_kernels
+
+
+def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
+    """How the kernels run a packed layer, or why they do not and the reference backend does."""
+    if isinstance(layer, TRANSPOSED):
+        return "the GPU engine has no transposed convolutions"
+    if spec.activation is None:
+        return "its input stays in float"
+    odd = [one.subgroup for one in (spec.weight, spec.activation) if one.max_shift and one.subgroup & (one.subgroup - 1)]
+    odd += [one.subgroup for one in (spec.weight, spec.activation) if one.max_shift and not 2 <= one.subgroup <= 1024]
+    if odd:
+        return f"the GPU engine takes subgroups of 2, 4, 8 to 1024, not {odd[0]}"
+    found = geometry_of(layer)
+    if found.sizes[-1] != 1:
+        return "the GPU engine has no grouped convolutions"
+    return Plan(found.sizes, found.grow, found.grow_mode, (*_input_grid(spec.activation), *_weight_grid(spec.weight)))
+
+
+def _input_grid(spec: ActivationSpec) -> tuple[int, ...]:
+    grid = get_grid(spec.grid)
+    mantissa = -1 if grid.contiguous else grid.mantissa_bits or 0
+    shifts = (spec.max_shift, spec.subgroup if spec.max_shift else 1, int(spec.rounding == "truncate"))
+    return grid.bottom, grid.top, mantissa, int(grid.signed), spec.top, *shifts
+
+
+def _weight_grid(spec: WeightSpec) -> tuple[int, ...]:
+    grid = get_grid(spec.grid)
+    mantissa = -1 if grid.coding == "twos-complement" else 2 if grid.contiguous else grid.mantissa_bits or 0
+    return grid.bits, mantissa, spec.subgroup if spec.max_shift else 0
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels take an input; the reference backend runs the others."""
+    return x.dtype in DTYPES and (x.is_cuda or (interpreting() and x.device.type == "cpu"))
+
+
+def forward(layer: Any, plan: Plan, x: Tensor, chosen: int = 0, fixed: FixedScale | None = None) -> Tensor:
+    """A whole packed layer: float input to float output.
+
+    Args:
+        chosen: which set of weights, where there are several. fixed: the calibrated scale of the input, where it has one.
+    Raises:
+        PackedError: when the input does not have the layer's number of channels, or is smaller than its kernel.
+    """
+    plan.check(layer, x)
+    codes, shifts = layer.neutral()
+    if layer.spec.weight.sets > 1:
+        codes, shifts = codes[chosen], None if shifts is None else shifts[chosen]
+    calibrated = (None, None) if fixed is None else (fixed.scale, fixed.zero if layer.spec.activation.zero_point else None)
+    weights = codes, shifts, layer.weight_scale, layer.bias, plan.grids, *calibrated
+    if isinstance(layer, nn.Linear):
+        return torch.ops.halfbyte.triton_linear(x, *weights)  # type: ignore[no-any-return]
+    return plan.over_images(layer, x, lambda images, last: torch.ops.halfbyte.triton_conv2d(images, plan.sizes, last, *weights))
+
+
+_WEIGHTS = "Tensor codes, Tensor? shifts, Tensor weight_scale, Tensor? bias, int[] grids, Tensor? scale=None, Tensor? zero=None"
+LIBRARY.define(f"triton_linear(Tensor x, {_WEIGHTS}) -> Tensor")
+LIBRARY.define(f"triton_conv2d(Tensor x, int[] sizes, bool channels_last, {_WEIGHTS}) -> Tensor")
+
+
+def _grids(numbers: Sequence[int]) -> tuple[Any, Any]:
+    signed, truncate = bool(numbers[3]), bool(numbers[7])
+    given = (*numbers[:3], signed, *numbers[4:7], truncate)
+    return kernels().InputGrid(*given), kernels().WeightGrid(*numbers[INPUT_NUMBERS:])
+
+
+def _linear(
+    x: Tensor, codes: Tensor, shifts: Tensor | None, weight_scale: Tensor, bias: Tensor | None, grids: Sequence[int], *fixed: Any
+) -> Tensor:
+    y = _linear_output(x, codes)
+    if not y.numel():
+        return y
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return kernels().linear(rows, codes, shifts, weight_scale, bias, _grids(grids), *fixed).view(y.shape)  # type: ignore[no-any-return]
+
+
+def _linear_output(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _conv2d(
+    x: Tensor, sizes: Sequence[int], channels_last: bool, codes: Tensor, shifts: Tensor | None, weight_scale: Tensor,
+    bias: Tensor | None, grids: Sequence[int], *fixed: Any,
+) -> Tensor:  # fmt: skip
+    y = _conv2d_output(x, sizes, channels_last)
+    if not y.numel():
+        return y
+    images = x.permute(0, 2, 3, 1).contiguous()
+    shape = (*sizes[2:8], sizes[8], sizes[10], *y.shape[2:])
+    found = kernels().conv2d(images, shape, codes, shifts, weight_scale, bias, _grids(grids), *fixed).permute(0, 3, 1, 2)
+    return found if channels_last else found.contiguous()  # type: ignore[no-any-return]
+
+
+def _conv2d_output(x: Tensor, sizes: Sequence[int], channels_last: bool, *_: Any) -> Tensor:
+    size = output_size(x.shape[2:], sizes[2:4], sizes[4:6], sizes[6:8], sizes[8:12])
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((x.shape[0], sizes[1], *size), dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+for _name, _run, _output in (("triton_linear", _linear, _linear_output), ("triton_conv2d", _conv2d, _conv2d_output)):
+    LIBRARY.impl(_name, _run, "CUDA")
+    LIBRARY.impl(_name, _run, "CPU")  # for the interpreter
+    torch.library.register_fake(f"halfbyte::{_name}", _output, lib=LIBRARY)

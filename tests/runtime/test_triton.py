@@ -1,0 +1,248 @@
+"""The GPU's kernels compute what the reference backend computes, bit for bit: on a GPU where there is one, else interpreted."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import halfbyte as hb
+from halfbyte.errors import HalfbyteError, PackedError
+from halfbyte.formats import GRIDS
+from halfbyte.layers import FAKE_QUANT
+from halfbyte.recipe import PRESETS, ActivationSpec, LayerSpec, WeightSpec
+from halfbyte.runtime import backends, gpu
+from halfbyte.runtime.layers import pack_layer
+from halfbyte.runtime.ops import quantized_forward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (extra 'triton')")
+
+PACKABLE = {name: grid for name, grid in GRIDS.items() if not grid.simulated_only}
+WEIGHTS = [
+    WeightSpec(name, max_shift=shift, scale="absmax")
+    for name, grid in PACKABLE.items()
+    if grid.signed
+    for shift in sorted({0, grid.largest_shift})
+]
+WEIGHTS += [WeightSpec("lzs4", max_shift=4, subgroup=32, scale="absmax")]
+ACTIVATIONS = [
+    ActivationSpec(name, max_shift=shift, zero_point=not grid.signed)
+    for name, grid in PACKABLE.items()
+    for shift in sorted({0, grid.largest_shift})
+]
+ACTIVATIONS += [
+    ActivationSpec("lzs4", max_shift=4, subgroup=32),
+    ActivationSpec("ue1m3", max_shift=3, subgroup=4, zero_point=True),
+    ActivationSpec("lzs4", max_shift=4, peak=127, rounding="truncate"),
+    ActivationSpec("int8", peak=100),
+]
+SPECS = [LayerSpec(WEIGHTS[i % len(WEIGHTS)], activation) for i, activation in enumerate(ACTIVATIONS)]
+SPECS += [LayerSpec(weight, ACTIVATIONS[-1 - i % len(ACTIVATIONS)]) for i, weight in enumerate(WEIGHTS)]
+QUARTZ = PRESETS["quartz-w4a4"].inner
+UNSIGNED = LayerSpec(WeightSpec("e2m1", scale="absmax"), ActivationSpec("ue3m1", zero_point=True))
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+LAYERS = {  # layer, shapes of its inputs
+    "linear": (lambda: nn.Linear(131, 70), [(1, 131), (2, 5, 131), (131,), (0, 131), (66, 131)]),
+    "linear narrow": (lambda: nn.Linear(300, 1, bias=False), [(1, 300), (17, 300)]),
+    "linear one": (lambda: nn.Linear(1, 1), [(1, 1), (65, 1)]),
+    "conv 3x3": (lambda: nn.Conv2d(20, 33, 3, padding=1), [(2, 20, 4, 5), (20, 3, 3), (0, 20, 3, 3), (1, 20, 1, 1)]),
+    "conv stride": (lambda: nn.Conv2d(16, 24, (3, 2), stride=2, padding=(1, 0), bias=False), [(2, 16, 5, 7)]),
+    "conv 1x1": (lambda: nn.Conv2d(19, 20, 1), [(2, 19, 3, 3)]),
+    "conv dilated": (lambda: nn.Conv2d(6, 8, 3, dilation=(1, 2), padding="same"), [(1, 6, 4, 6)]),
+    "conv reflect": (lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"), [(1, 6, 4, 4)]),
+    "conv1d": (lambda: nn.Conv1d(10, 12, 5, stride=3, padding=2), [(2, 10, 11), (10, 6)]),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def triton_backend():
+    """Asked for by name; without a GPU the kernels are interpreted (conftest.py)."""
+    before = os.environ.get(backends.VARIABLE)
+    os.environ[backends.VARIABLE] = "triton"
+    backends.backend.cache_clear()
+    yield
+    os.environ.pop(backends.VARIABLE)
+    os.environ.update({} if before is None else {backends.VARIABLE: before})
+    backends.backend.cache_clear()
+
+
+def make(name, spec=QUARTZ):
+    torch.manual_seed(0)
+    build, shapes = LAYERS[name]
+    layer = build().requires_grad_(False)
+    packed = pack_layer(FAKE_QUANT[type(layer)].from_float(layer, spec)).to(DEVICE)
+    assert isinstance(packed.gpu_plan, gpu.Plan), packed.gpu_plan
+    return packed, [(torch.randn(shape) * 3 + 0.5).to(DEVICE) for shape in shapes]
+
+
+def reference(packed, x):
+    levels, fixed = packed.levels(packed.chosen_set()), packed.fixed_scale()
+    return quantized_forward(packed, x, levels, packed.weight_scale, packed.bias, packed.spec.activation, fixed)
+
+
+def check(packed, x):
+    found, expected = packed(x), reference(packed, x)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    if DEVICE == "cpu":  # the interpreter cuts bfloat16 off where a GPU rounds it
+        torch.testing.assert_close(found, expected, rtol=2**-7 if x.dtype == torch.bfloat16 else 0, atol=0, equal_nan=True)
+    else:  # a GPU fuses the scaling with the addition of the bias: one rounding instead of two
+        torch.testing.assert_close(found, expected, rtol=1e-2 if x.dtype != torch.float32 else 1e-6, atol=1e-5, equal_nan=True)
+
+
+def test_the_backend_is_chosen():
+    assert backends.backend().name == "triton"
+    packed, inputs = make("linear")
+    assert backends.engine_plan(packed, inputs[0]) is packed.gpu_plan
+    assert {spec.activation.grid for spec in SPECS} == set(PACKABLE)
+    assert {spec.weight.grid for spec in SPECS} == {name for name, grid in PACKABLE.items() if grid.signed}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=LayerSpec.describe)
+def test_every_grid_on_a_linear_layer(spec):
+    packed, inputs = make("linear", spec)
+    for x in inputs[:2]:
+        check(packed, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("spec", SPECS, ids=LayerSpec.describe)
+def test_every_grid_on_every_layer(name, spec):
+    packed, inputs = make(name, spec)
+    for x in inputs:
+        check(packed, x)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("spec", [QUARTZ, UNSIGNED], ids=LayerSpec.describe)
+def test_every_layer(name, spec):
+    packed, inputs = make(name, spec)
+    for x in inputs:
+        check(packed, x)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", ["linear", "conv 3x3"])
+def test_every_float_type_and_order(name, dtype):
+    packed, inputs = make(name)
+    x = inputs[1 if name == "linear" else 0].to(dtype)
+    check(packed, x)
+    check(packed, x.transpose(-1, -2).contiguous().transpose(-1, -2))
+    if name == "conv 3x3":
+        last = x.contiguous(memory_format=torch.channels_last)
+        check(packed, last)
+        assert packed(last).is_contiguous(memory_format=torch.channels_last)
+        assert packed(x).is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["linear", "conv 3x3"])
+@pytest.mark.parametrize("scale", [0.01, 0.3, 40.0])
+def test_calibrated_scales(name, scale):
+    for activation in (ActivationSpec("e2m1"), ActivationSpec("ue2m2", zero_point=True), ActivationSpec("lzs4", max_shift=4)):
+        packed, inputs = make(name, LayerSpec(WEIGHTS[3], activation.replace(scale="static")))
+        packed.activation_scale = torch.tensor([scale], device=DEVICE)
+        if activation.zero_point:
+            packed.activation_zero = torch.tensor([5], dtype=torch.uint8, device=DEVICE)
+        check(packed, inputs[0])
+
+
+AWKWARD = {
+    "zeros": lambda x: x * 0,
+    "tiny": lambda x: x * 1e-39,
+    "huge": lambda x: x.sign() * 3e38,
+    "a NaN": lambda x: x.index_fill(-1, torch.tensor([2], device=x.device), float("nan")),
+    "an infinity": lambda x: x.index_fill(-1, torch.tensor([2], device=x.device), float("inf")),
+    "one side": lambda x: x.abs(),
+    "halves": lambda x: (x * 2).round() / 2,
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("change", AWKWARD.values(), ids=AWKWARD)
+@pytest.mark.parametrize("spec", [QUARTZ, UNSIGNED, SPECS[5]], ids=LayerSpec.describe)
+def test_awkward_values(change, spec):
+    for name in ("linear", "conv 3x3"):
+        packed, inputs = make(name, spec)
+        check(packed, change(inputs[1 if name == "linear" else 0]))
+
+
+def test_only_the_row_with_a_nan_is_nan():
+    packed, inputs = make("linear")
+    x = inputs[1].clone()
+    x[1, 2, 7] = torch.nan
+    bad = packed(x).isnan()
+    assert bad[1, 2].all()
+    assert bad.sum() == bad.shape[-1]
+
+
+def test_several_sets_of_weights():
+    from halfbyte.runtime.layers import PACKED
+
+    spec = LayerSpec(WeightSpec("lzs4", max_shift=4, sets=2), ActivationSpec("int8"))
+    packed = PACKED[nn.Linear].empty(nn.Linear(40, 12), spec, timesteps=1)
+    draw = torch.Generator().manual_seed(0)
+    for name, top in (("weight_codes", 256), ("weight_shift", 4)):
+        getattr(packed, name).copy_(torch.randint(top, getattr(packed, name).shape, generator=draw).to(torch.uint8))
+    packed.weight_scale.fill_(0.1)
+    packed.to(DEVICE)
+    x = torch.randn(3, 40, device=DEVICE)
+    for chosen in (0, 1):
+        expected = quantized_forward(packed, x, packed.levels(chosen), packed.weight_scale, packed.bias, spec.activation)
+        torch.testing.assert_close(gpu.forward(packed, packed.gpu_plan, x, chosen), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_what_the_kernels_do_not_take_is_said():
+    kinds = {
+        "no grouped": (nn.Conv2d(4, 4, 3, groups=2), QUARTZ),
+        "no transposed": (nn.ConvTranspose2d(4, 4, 2), QUARTZ),
+        "stays in float": (nn.Linear(4, 4), LayerSpec(WeightSpec("int4"), None)),
+        "subgroups of 2, 4, 8 to 1024, not 7": (
+            nn.Linear(14, 4),
+            LayerSpec(WeightSpec("e2m1", 2, subgroup=7), ActivationSpec("int8")),
+        ),
+    }
+    for reason, (layer, spec) in kinds.items():
+        packed = pack_layer(FAKE_QUANT[type(layer)].from_float(layer.requires_grad_(False), spec)).to(DEVICE)
+        assert reason in packed.gpu_plan
+        x = torch.randn(2, *([4, 3, 3] if packed.weight.ndim == 4 else [packed.weight.shape[1]]), device=DEVICE)
+        assert backends.engine_plan(packed, x) is None
+        packed(x)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    packed, _ = make("linear")
+    with pytest.raises(PackedError, match=r"takes 131 channels; got an input of shape \(2, 130\)"):
+        packed(torch.zeros(2, 130, device=DEVICE))
+    packed, _ = make("conv stride")
+    with pytest.raises(PackedError, match="a kernel of 3x2 does not fit into an image of 0x1"):
+        packed(torch.zeros(1, 16, 0, 1, device=DEVICE))
+
+
+def test_a_whole_denoiser_in_one_compiled_graph():
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
+    unet = UNet2DModel(4, 1, 1, layers_per_block=1, norm_num_groups=8, add_attention=False, **blocks).eval().to(DEVICE)
+    hb.quantize(unet, "quartz-w4a4")
+    x, t = torch.randn(1, 1, 4, 4, device=DEVICE), torch.tensor([500], device=DEVICE)
+    with torch.no_grad():
+        eager = unet(x, t).sample
+        compiled = torch.compile(unet, fullgraph=True, backend="eager" if DEVICE == "cpu" else "inductor")(x, t).sample
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_asking_for_what_is_not_there(monkeypatch):
+    monkeypatch.setattr(gpu, "missing", lambda: "there is no GPU")
+    backends.backend.cache_clear()
+    with pytest.raises(HalfbyteError, match="HALFBYTE_BACKEND asks for the GPU engine, which cannot run: there is no GPU"):
+        backends.backend()
+    monkeypatch.delenv(backends.VARIABLE)
+    backends.backend.cache_clear()
+    assert backends.backend("cuda") == backends.Backend(
+        "reference", "plain torch, exact integers, slow; the GPU engine cannot run: there is no GPU"
+    )
+    backends.backend.cache_clear()
