@@ -104,6 +104,19 @@ def test_choices_of_a_block_are_revised_where_that_helps_its_output():
     assert error(student, teacher, calls) < 0.8 * before
 
 
+def test_a_replayed_call_is_at_its_own_timesteps():
+    net, calls = net_and_calls()
+    mixed = [Call((call.args[0], torch.full((32, 1), float(call.args[1]))), {}) for call in calls]
+    results = []
+    for given in (calls, mixed):  # one timestep a call, or the same one for every row
+        model = copy.deepcopy(net)
+        recipe = RECIPE.replace(inner=RECIPE.inner.replace(activation=ActivationSpec("int8", scale="timestep")), keep=("unused",))
+        statistics = collect(model, calls, specs_of(model, recipe), hessian_layers(model, recipe))
+        simulate(model, recipe, statistics, calls=given)
+        results.append(model.state_dict())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_others():
     first, same, other = (rounded(RECIPE, seed)[0].state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], same[name]) for name in first)

@@ -43,7 +43,7 @@ class Sample:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: list[Tensor]
-    timestep: float | None
+    timestep: Tensor | float | None
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -122,7 +122,7 @@ def _record(student: nn.Module, teacher: nn.Module, name: str, calls: Sequence[C
     state = next((layer.timestep for layer in student.modules() if isinstance(layer, FakeQuant) and layer.timestep), None)
 
     def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append((*to_device((args, kwargs), args[0].device if args else "cpu"), None if state is None else state.value))
+        inputs.append((*to_device((args, kwargs), args[0].device if args else "cpu"), None if state is None else state.current))
         raise _ReachedError
 
     def see_output(_: nn.Module, __: Any, output: Any) -> None:
@@ -206,8 +206,8 @@ def _error(block: nn.Module, samples: Sequence[Sample]) -> float:
 
 def _sample_error(block: nn.Module, sample: Sample) -> Tensor:
     for layer in block.modules():
-        if isinstance(layer, FakeQuant) and layer.timestep is not None:
-            layer.timestep.value = sample.timestep
+        if isinstance(layer, FakeQuant) and layer.timestep is not None and sample.timestep is not None:
+            layer.timestep.set(sample.timestep)
             break
     outputs = _tensors(block(*sample.args, **sample.kwargs))
     errors = [(found - exact).float().square().mean() for found, exact in zip(outputs, sample.targets, strict=True)]
