@@ -155,10 +155,8 @@ def split_concatenations(model: nn.Module, recipe: Recipe, call: Call) -> None:
 
 
 def hessian_layers(model: nn.Module, recipe: Recipe) -> list[str]:
-    """The layers whose Hessian a recipe needs: those rounded by GPTQ, or by AdaRound and not as part of a block."""
-    blocks = tuple(f"{name}." for name in find_blocks(model)) if recipe.by_block else ()
-    rounding = {name: spec.weight.rounding for name, spec in specs_of(model, recipe).items()}
-    return [name for name, how in rounding.items() if how == "gptq" or (how == "adaround" and not name.startswith(blocks))]
+    """The layers whose Hessian a recipe needs: those rounded by GPTQ or AdaRound."""
+    return [name for name, spec in specs_of(model, recipe).items() if spec.weight.rounding != "nearest"]
 
 
 def sampled_layers(model: nn.Module, recipe: Recipe) -> list[str]:
@@ -203,7 +201,8 @@ def simulate(
     searched: dict[str, GridChoice] = {}
     choose, target = decide_by(model, recipe), edges_of(model)[0]
     teacher = copy.deepcopy(model) if recipe.by_block else None
-    rounding = AdaRounding(recipe.reconstruction or Reconstruction(), _rounding_work(model, recipe))
+    settings = recipe.reconstruction or Reconstruction()
+    rounding = AdaRounding(settings, _rounding_work(model, recipe), exact={} if recipe.by_block else None)
 
     def decide(name: str, layer: nn.Module) -> Decision:
         spec, reason = choose(name, layer)
@@ -225,7 +224,7 @@ def simulate(
     if timesteps:
         follow_timesteps(model, timesteps)
     if teacher is not None:
-        rounding.notes |= _round_blocks(model, teacher, calls, rounding.settings, seed, progress, quality)
+        _round_blocks(model, teacher, calls, rounding, seed, progress, quality)
     for report in reports:
         report.weight_sqnr, report.choice = quality.get(report.name), searched.get(report.name)
         report.reason += f"; {rounding.notes[report.name]}" if report.name in rounding.notes else ""
@@ -258,21 +257,19 @@ def _round_blocks(
     model: nn.Module,
     teacher: nn.Module,
     calls: Sequence[Call],
-    settings: Reconstruction,
+    rounding: AdaRounding,
     seed: int,
     progress: Progress | None,
     quality: dict[str, float],
-) -> dict[str, str]:
-    """AdaRound of the blocks of a model; what became of each of their layers, in words. Their weights' SQNR is entered anew."""
-    found = reconstruct_blocks(model, teacher, find_blocks(model), calls, settings, seed, progress)
-    notes = {}
-    for name, layer in model.named_modules():
+) -> None:
+    """AdaRound of the blocks of a model, after that of its layers; notes and the SQNR of weights follow."""
+    exact = rounding.exact or {}
+    found = reconstruct_blocks(model, teacher, find_blocks(model), calls, exact, rounding.settings, seed, progress)
+    for name, weights in exact.items():
         block = next((block for block in found if name.startswith(f"{block}.")), None)
-        if block is not None and isinstance(layer, FakeQuant) and layer.spec.weight.rounding == "adaround":
-            notes[name] = found[block]
-            exact = float_matrix(teacher.get_submodule(name))
-            quality[name] = sqnr(exact, layer.quantized_weight().dequantize())
-    return notes
+        if block is not None:
+            rounding.notes[name] += f", {found[block]}"
+            quality[name] = sqnr(weights, model.get_submodule(name).quantized_weight().dequantize())  # type: ignore[operator]
 
 
 def float_matrix(layer: Any) -> Tensor:

@@ -181,7 +181,7 @@ class GridSearch(Fields):
 class Reconstruction(Fields):
     """How the weights of a recipe with rounding `adaround` are optimized."""
 
-    unit: Literal["layer", "block"] = "layer"  # block: residual and transformer blocks as a whole, by the error of their output
+    unit: Literal["layer", "block"] = "layer"  # block: then residual and transformer blocks as a whole, by their output
     iterations: int = 300  # for each layer or block; 0: single weights are turned while that helps, nothing is trained
     seconds: float | None = None  # for the whole model, where that is less; the result then depends on the machine
     learning_rate: float = 0.1

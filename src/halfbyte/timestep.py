@@ -62,9 +62,18 @@ class TimestepState:
         name, position = self._argument  # type: ignore[misc]
         value = kwargs[name] if name in kwargs else args[position] if position < len(args) else None
         if value is not None:
-            several = isinstance(value, Tensor) and value.numel() > 1
-            self._times, self._entries = value.detach().reshape(-1) if several else None, None
-            self.value = float(value.max()) if isinstance(value, Tensor) else float(value)
+            self.set(value)
+
+    def set(self, value: Tensor | float) -> None:
+        """Be at a timestep, or at those of several samples, (n,)."""
+        several = isinstance(value, Tensor) and value.numel() > 1
+        self._times, self._entries = value.detach().reshape(-1) if several else None, None  # type: ignore[union-attr]
+        self.value = float(value.max()) if isinstance(value, Tensor) else float(value)
+
+    @property
+    def current(self) -> Tensor | float | None:
+        """What `set` was told last."""
+        return self.value if self._times is None else self._times
 
     def row(self, calibrated: Sequence[float]) -> int:
         """Index of the nearest calibrated timestep at or above the current one; the last one where none is above.

@@ -71,20 +71,50 @@ def rounded(recipe, seed=0, training=False):
 
 
 @pytest.mark.parametrize("scale", ["dynamic", "timestep"])
-def test_blocks_as_a_whole_beat_nearest(scale):
+def test_recipes_by_block_beat_nearest(scale):
     recipe = RECIPE.replace(inner=RECIPE.inner.replace(activation=ActivationSpec("int8", scale=scale)))
     weight = recipe.inner.weight.replace(rounding="nearest")
     plain = recipe.replace(inner=recipe.inner.replace(weight=weight), reconstruction=None)
     model, result, found = rounded(recipe, training=True)
     assert found < 0.8 * rounded(plain)[2]
     notes = {layer.name: layer.reason for layer in result.layers}
-    assert "AdaRound of the block leaves 0." in notes["blocks.0.first"]
-    assert notes["blocks.0.first"] == notes["blocks.0.second"]
+    assert "of nearest's output error" in notes["blocks.0.first"]
+    assert ", as a block " in notes["blocks.0.first"]
+    assert notes["blocks.0.first"].rpartition(",")[2] == notes["blocks.0.second"].rpartition(",")[2]
     assert "AdaRound" not in notes["enter"]  # an edge
     layer = model.blocks[1].second
     assert torch.equal(layer.quantized_weight().dequantize(), layer.weight)  # rounded for good
     assert "rounded_weight" not in vars(layer)
     assert next(row for row in result.layers if row.name == "blocks.1.second").weight_sqnr > 10
+
+
+def test_choices_of_a_block_are_revised_where_that_helps_its_output():
+    teacher, calls = net_and_calls()
+    student = copy.deepcopy(teacher)
+    simulate(student, Recipe("nearest", LayerSpec(WeightSpec("int4"), ActivationSpec("int8")), keep=("unused",)))
+    layers = {f"blocks.{i}.{name}": student.get_submodule(f"blocks.{i}.{name}") for i in (0, 1) for name in ("first", "second")}
+    exact = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    with torch.no_grad():
+        for layer in layers.values():  # as if rounding one by one had ended here
+            layer.weight.copy_(layer.quantized_weight().dequantize())
+    before = error(student.eval(), teacher.eval(), calls)
+    notes = reconstruct_blocks(student, teacher, ["blocks.1", "blocks.0"], calls, exact, Reconstruction("block", iterations=150))
+    assert list(notes) == ["blocks.0", "blocks.1"]  # in the order they run
+    assert all(float(note.split()[3]) < 0.8 for note in notes.values()), notes
+    assert error(student, teacher, calls) < 0.8 * before
+
+
+def test_a_replayed_call_is_at_its_own_timesteps():
+    net, calls = net_and_calls()
+    mixed = [Call((call.args[0], torch.full((32, 1), float(call.args[1]))), {}) for call in calls]
+    results = []
+    for given in (calls, mixed):  # one timestep a call, or the same one for every row
+        model = copy.deepcopy(net)
+        recipe = RECIPE.replace(inner=RECIPE.inner.replace(activation=ActivationSpec("int8", scale="timestep")), keep=("unused",))
+        statistics = collect(model, calls, specs_of(model, recipe), hessian_layers(model, recipe))
+        simulate(model, recipe, statistics, calls=given)
+        results.append(model.state_dict())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_others():
@@ -93,34 +123,23 @@ def test_the_same_seed_gives_the_same_bits_and_another_others():
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_layers_outside_blocks_are_rounded_alone_and_need_the_only_hessians():
-    net, _ = net_and_calls()
-    assert hessian_layers(net, RECIPE.replace(edge=RECIPE.inner)) == ["enter", "leave"]
-    assert hessian_layers(net, RECIPE.replace(reconstruction=None)) == [
-        f"blocks.{index}.{name}" for index in (0, 1) for name in ("first", "second", "unused")
-    ]
-
-
-def test_a_block_that_gains_nothing_keeps_nearest_and_says_so():
+def test_a_block_that_gains_nothing_stays_as_it_is_and_says_so():
     teacher, calls = net_and_calls()
     student = copy.deepcopy(teacher)
-    spec = LayerSpec(WeightSpec("int4", scale="absmax", rounding="adaround"))
-    block = student.blocks[0]
+    simulate(student, Recipe("nearest", LayerSpec(WeightSpec("int8")), edge=None, keep=("unused",)))
+    layers = {name: student.get_submodule(name) for name in ("blocks.0.first", "blocks.0.second")}
+    exact = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     with torch.no_grad():
-        for layer in (block.first, block.second):  # weights on the grid already: nearest is perfect
-            layer.weight.copy_((layer.weight * 7 / layer.weight.abs().amax(1, keepdim=True)).round())
-            layer.weight[:, 0] = 7
-        teacher.blocks[0].load_state_dict(block.state_dict())
-    simulate(student, Recipe("exact", spec, edge=None, keep=("unused", "1")), _hessians(teacher, calls))
-    before = block.first.weight.clone()
-    found = reconstruct_blocks(student, teacher, ["blocks.0"], calls, QUICK)
-    assert "nothing better than nearest" in found["blocks.0"]
-    assert torch.equal(block.first.weight, before)
-
-
-def _hessians(net, calls):
-    names = ["enter", "leave", "blocks.0.first", "blocks.0.second"]
-    return collect(net, calls, names, names)
+        for layer in layers.values():
+            layer.weight.copy_(layer.quantized_weight().dequantize())
+        for name, layer in layers.items():  # a float model whose weights are on the grid: nothing can be better
+            teacher.get_submodule(name).weight.copy_(layer.weight)
+    before = layers["blocks.0.first"].weight.clone()
+    assert reconstruct_blocks(student, teacher, ["blocks.0"], calls, exact, QUICK) == {
+        "blocks.0": "as a block nothing better was found"
+    }
+    assert torch.equal(layers["blocks.0.first"].weight, before)
+    assert reconstruct_blocks(student, teacher, ["blocks.0"], calls, {}, QUICK) == {"blocks.0": "no layer to round"}
 
 
 def test_blocks_of_real_models_are_residual_and_transformer_blocks(build):
@@ -135,15 +154,15 @@ def test_real_models_can_be_reconstructed(name, build, call):
     model, arguments = build(name), call(name)
     quick = Reconstruction("block", iterations=2)
     result = api.quantize(model, RECIPE.replace(reconstruction=quick), [arguments], simulate=True)
-    assert sum("AdaRound of the block" in layer.reason for layer in result.layers) > 10
+    assert sum(", as a block " in layer.reason for layer in result.layers) > 10
     assert all(layer.weight.isfinite().all() for layer in model.modules() if isinstance(layer, FakeQuant))
 
 
 def test_bad_input_is_refused():
     net, calls = net_and_calls()
     with pytest.raises(CalibrationError, match="blocks are reconstructed on calls of the model; pass calibration="):
-        reconstruct_blocks(net, net, ["blocks.0"], [], QUICK)
+        reconstruct_blocks(net, net, ["blocks.0"], [], {}, QUICK)
     net.blocks.append(Block())
     net.forward = lambda x, timestep: net.leave(net.enter(x) + 0 * timestep)
     with pytest.raises(CalibrationError, match=r"3 blocks were never reached by the calibration inputs, 'blocks\.0'"):
-        reconstruct_blocks(net, net, find_blocks(net), calls, QUICK)
+        reconstruct_blocks(net, net, find_blocks(net), calls, {}, QUICK)

@@ -38,6 +38,7 @@ from halfbyte.recipe import Reconstruction, WeightSpec
 
 STRETCH = 1.2  # of the sigmoid, zeta - gamma in the paper; half of what exceeds 1 lies below 0
 FIRST_BETA, LAST_BETA = 20.0, 2.0
+NEAR = 0.8  # where h starts for a choice that has been made already and may be revised
 MINIMUM_GAIN = 1e-6  # of a row's error, for a weight to be turned: less is noise of the arithmetic
 
 
@@ -61,11 +62,13 @@ class AdaRounding:
 
     Args:
         work: multiplications a step of each layer takes, by name.
+        exact: where not None, filled with the weights before rounding, float32 (O, K), by name.
     """
 
     settings: Reconstruction
     work: Mapping[str, int] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    exact: dict[str, Tensor] | None = None
 
     def round(self, matrix: Tensor, hessian: Tensor, spec: WeightSpec, scale: Tensor, name: str) -> Tensor:
         """The rounded weights (O, K) of a layer whose groups have a Hessian each, float (groups, K, K)."""
@@ -77,6 +80,8 @@ class AdaRounding:
             for part, own, scaling in zip(matrix.chunk(len(hessian)), hessian, scale.chunk(len(hessian)), strict=True)
         ]
         self.notes[name] = parts[0].describe() if len(parts) == 1 else f"AdaRound of {len(parts)} groups of channels"
+        if self.exact is not None:
+            self.exact[name] = matrix.detach().float().clone()
         return torch.cat([part.matrix for part in parts])
 
 
@@ -85,12 +90,15 @@ class SoftRounding:
 
     Args:
         matrix: float32 (O, K). scale: float32 (O, 1) or groups.
+        start: float32 (O, K), a rounding to start near; None: at the weights themselves.
     """
 
-    def __init__(self, matrix: Tensor, scale: Tensor, spec: WeightSpec) -> None:
+    def __init__(self, matrix: Tensor, scale: Tensor, spec: WeightSpec, start: Tensor | None = None) -> None:
         with torch.no_grad():
             self.low, self.high = neighbours(matrix, scale, spec)
             share = ((matrix - self.low) / (self.high - self.low)).clamp(0, 1)
+            if start is not None:
+                share = torch.where(start - self.low > self.high - start, NEAR, 1 - NEAR)
             self.alpha = torch.logit((share - 0.5) / STRETCH + 0.5)
         self.alpha.requires_grad_()
 

@@ -1,12 +1,14 @@
 """AdaRound of whole blocks: the choices of all layers of a residual or transformer block are optimized together (BRECQ).
 
-What counts is the output of the block, not that of each layer, so layers can make up for each other. One block after the other, in
-the order they run: its inputs are those it meets in the quantized model, with the blocks before it rounded already and
-activations rounded too; its target is what the float model's block gives for the same call. A step takes one recorded call, so
-that every layer uses the scales of one timestep.
+What counts is the output of the block, not that of each layer, so layers can make up for each other. Layers are rounded one by one
+first (`adaround`, exact gradients over all rows), and each choice may then be revised. One block after the other, in the order they
+run: its inputs are those it meets in the quantized model, with the blocks before it done and activations rounded too; its target is
+what the float model's block gives for the same call. A step takes one recorded call, so that every layer uses the scales of one
+timestep. A block that ends no better than it was stays as it was.
 
-This needs a second copy of the float model, and two partial runs of the model over all calls for each block. Layers outside blocks
-are rounded one by one (`adaround`).
+(From the float weights, as in the paper, a block needs thousands of steps to come near what rounding its layers one by one gives.)
+
+This needs a second copy of the float model, and two partial runs of the model over all calls for each block.
 
 Source: Li et al., "BRECQ: pushing the limit of post-training quantization by block reconstruction", arXiv 2102.05426; inputs of the
 quantized model with targets of the float one as in Q-Diffusion (arXiv 2302.04304).
@@ -41,7 +43,7 @@ class Sample:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: list[Tensor]
-    timestep: float | None
+    timestep: Tensor | float | None
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -61,16 +63,16 @@ def reconstruct_blocks(
     teacher: nn.Module,
     names: Sequence[str],
     calls: Sequence[Call],
+    exact: Mapping[str, Tensor],
     settings: Reconstruction,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, str]:
-    """Round the weights of the named blocks of a model of trainable layers, in place.
-
-    Only layers with rounding `adaround` are touched. A block that ends worse than rounded to nearest keeps nearest.
+    """Revise the rounding of the named blocks of a model of trainable layers, in place.
 
     Args:
-        student: its layers hold float weights and final scales. teacher: the float model.
+        student: its layers hold rounded weights and final scales. teacher: the float model.
+        exact: the weights before rounding, float32 (O, K), by name of the layer; layers that are not in it stay as they are.
         calls: of the denoiser; in order or not.
         seed: of the order in which calls are taken.
     Returns:
@@ -85,8 +87,12 @@ def reconstruct_blocks(
         order = _order(teacher, names, calls[0])
         seconds = None if settings.seconds is None else settings.seconds / len(order)
         for name in order:
-            samples = _record(student, teacher, name, calls)
-            notes[name] = _reconstruct(student.get_submodule(name), samples, settings, seconds, seed)
+            block, inside = student.get_submodule(name), [key for key in exact if key.startswith(f"{name}.")]
+            choices = {student.get_submodule(key): _soft(student.get_submodule(key), exact[key]) for key in inside}
+            if choices:
+                notes[name] = _reconstruct(block, choices, _record(student, teacher, name, calls), settings, seconds, seed)
+            else:
+                notes[name] = "no layer to round"
             if progress:
                 progress(len(notes), len(order))
     return notes
@@ -116,7 +122,7 @@ def _record(student: nn.Module, teacher: nn.Module, name: str, calls: Sequence[C
     state = next((layer.timestep for layer in student.modules() if isinstance(layer, FakeQuant) and layer.timestep), None)
 
     def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append((*to_device((args, kwargs), args[0].device if args else "cpu"), None if state is None else state.value))
+        inputs.append((*to_device((args, kwargs), args[0].device if args else "cpu"), None if state is None else state.current))
         raise _ReachedError
 
     def see_output(_: nn.Module, __: Any, output: Any) -> None:
@@ -140,21 +146,25 @@ def _tensors(output: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-def _reconstruct(block: nn.Module, samples: Sequence[Sample], settings: Reconstruction, seconds: float | None, seed: int) -> str:
-    layers = [layer for layer in block.modules() if isinstance(layer, FakeQuant) and layer.spec.weight.rounding == "adaround"]
-    if not layers:
-        return "no layer to round"
+def _reconstruct(
+    block: nn.Module,
+    choices: Mapping[Any, SoftRounding],
+    samples: Sequence[Sample],
+    settings: Reconstruction,
+    seconds: float | None,
+    seed: int,
+) -> str:
+    layers, soft = list(choices), list(choices.values())
     generator = torch.Generator().manual_seed(seed % 2**63)
-    nearest = _error(block, samples)
+    before = _error(block, samples)
     with torch.enable_grad():
-        soft = [_soft(layer) for layer in layers]
         alphas = [one.alpha for one in soft]
         optimizer = torch.optim.Adam(alphas, settings.learning_rate)
         for done in passes(settings.iterations, seconds):
             shares, beta = [one.share() for one in soft], beta_at(done, settings.warmup)
             sample = samples[int(torch.randint(len(samples), (1,), generator=generator))]
             with _weights(layers, [one.soft(share) for one, share in zip(soft, shares, strict=True)]):
-                loss = _sample_error(block, sample) / max(nearest, 1e-30)
+                loss = _sample_error(block, sample) / max(before, 1e-30)
             if beta is not None:
                 loss = loss + settings.regularizer * regularizer(torch.cat([share.flatten() for share in shares]), beta)
             for alpha, gradient in zip(alphas, torch.autograd.grad(loss, alphas, allow_unused=True), strict=True):
@@ -163,16 +173,16 @@ def _reconstruct(block: nn.Module, samples: Sequence[Sample], settings: Reconstr
     hard = [one.hard() for one in soft]
     with _weights(layers, hard):
         found = _error(block, samples)
-    if found >= nearest:
-        return "AdaRound of the block found nothing better than nearest, which it keeps"
+    if found >= before:
+        return "as a block nothing better was found"
     for layer, matrix in zip(layers, hard, strict=True):
-        weight = matrix_to_weight(layer, matrix).to(layer.weight.dtype)  # type: ignore[arg-type]
+        weight = matrix_to_weight(layer, matrix).to(layer.weight.dtype)
         layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
-    return f"AdaRound of the block leaves {found / nearest:.2f} of nearest's output error"
+    return f"as a block {found / before:.2f} of that block's error"
 
 
-def _soft(layer: Any) -> SoftRounding:
-    return SoftRounding(weight_to_matrix(layer, layer.weight.detach().float()), layer.weight_scale, layer.spec.weight)
+def _soft(layer: Any, exact: Tensor) -> SoftRounding:
+    return SoftRounding(exact, layer.weight_scale, layer.spec.weight, weight_to_matrix(layer, layer.weight.detach().float()))
 
 
 @contextmanager
@@ -196,8 +206,8 @@ def _error(block: nn.Module, samples: Sequence[Sample]) -> float:
 
 def _sample_error(block: nn.Module, sample: Sample) -> Tensor:
     for layer in block.modules():
-        if isinstance(layer, FakeQuant) and layer.timestep is not None:
-            layer.timestep.value = sample.timestep
+        if isinstance(layer, FakeQuant) and layer.timestep is not None and sample.timestep is not None:
+            layer.timestep.set(sample.timestep)
             break
     outputs = _tensors(block(*sample.args, **sample.kwargs))
     errors = [(found - exact).float().square().mean() for found, exact in zip(outputs, sample.targets, strict=True)]
