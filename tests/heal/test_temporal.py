@@ -8,12 +8,14 @@ from halfbyte.calibration import Call
 from halfbyte.errors import HealError
 from halfbyte.heal.temporal import temporal_layers, traced_layers
 from halfbyte.targets import TARGETS
+from halfbyte.timestep import ARGUMENTS
 
 
 def calls(arguments):
     """Two calls of a model with these keyword arguments, at different timesteps."""
-    time = arguments["timestep"]
-    return Call((), arguments), Call((), {**arguments, "timestep": time * 0 + (7 if time.max() > 1 else 0.25)})
+    name = next(name for name in ARGUMENTS if name in arguments)
+    time = arguments[name]
+    return Call((), arguments), Call((), {**arguments, name: time * 0 + (7 if time.max() > 1 else 0.25)})
 
 
 @pytest.mark.parametrize("name", TARGETS)

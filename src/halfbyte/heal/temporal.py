@@ -35,7 +35,7 @@ def traced_layers(denoiser: nn.Module, call: Call, other: Call) -> list[str]:
     """As `temporal_layers`, without the table of architectures: three forward passes are compared bit for bit.
 
     One as it was, one with another sample (the first float argument) and other tokens (float arguments of more than two axes), one
-    at another timestep.
+    at another timestep. A list of tensors, one a sample, counts as a tensor of one axis more.
 
     Raises:
         HealError: when the two calls have the same timestep, or no argument is the sample.
@@ -46,17 +46,30 @@ def traced_layers(denoiser: nn.Module, call: Call, other: Call) -> list[str]:
         raise HealError("the layers of the time embedding are found from calls at two timesteps; both are the same")
     parameters = list(inspect.signature(denoiser.forward).parameters)
     given = {key: _argument(call, key, place) for place, key in enumerate(parameters) if key != name}
-    content = [key for key, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    content = [key for key, value in given.items() if _axes(value)]
     if not content:
-        raise HealError(f"{type(denoiser).__name__} is given no sample: none of {', '.join(given)} is a float tensor")
+        names = ", ".join(given)
+        raise HealError(f"{type(denoiser).__name__} is given no sample: none of {names} is a float tensor or a list of them")
     elsewhere = call
-    for key in [content[0], *(key for key in content[1:] if given[key].ndim > 2)]:
-        noise = torch.rand(given[key].shape, generator=torch.Generator().manual_seed(0)).to(given[key])
-        elsewhere = _with(elsewhere, key, parameters.index(key), noise)
+    for key in [content[0], *(key for key in content[1:] if _axes(given[key]) > 2)]:
+        elsewhere = _with(elsewhere, key, parameters.index(key), _noise(given[key], torch.Generator().manual_seed(0)))
     inputs = _inputs(denoiser, call)
     moved = _inputs(denoiser, elsewhere, inputs)
     timed = _inputs(denoiser, _with(call, name, position, later), inputs)
     return [layer for layer in inputs if not moved[layer] and timed[layer]]
+
+
+def _axes(value: Any) -> int:
+    """Number of axes of a float tensor, or of a batch given as a list of them; 0 for anything else."""
+    if isinstance(value, Tensor):
+        return value.ndim if value.is_floating_point() else 0
+    return 1 + _axes(value[0]) if isinstance(value, list) and value and _axes(value[0]) else 0
+
+
+def _noise(value: Any, generator: torch.Generator) -> Any:
+    if isinstance(value, list):
+        return [_noise(item, generator) for item in value]
+    return torch.rand(value.shape, generator=generator).to(value)
 
 
 def _argument(call: Call, name: str, position: int) -> Any:
