@@ -15,9 +15,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from train_demo import SIDE, load_images
+from train_demo import SIDE, check_gradients, compile_blocks, load_images
 
-KL_WEIGHT = 1e-4  # of the divergence from a normal distribution, a latent value: keeps the latents near zero, hardly blurs
+KL_WEIGHT = 1e-3  # of the divergence from a normal distribution, a latent value: keeps the latents near zero, hardly blurs
+CHECKED_STEP = 20  # where every parameter must have a gradient
 
 
 def build_autoencoder(channels: int) -> AutoencoderKL:
@@ -44,20 +45,21 @@ def train(model: AutoencoderKL, images: Tensor, options: argparse.Namespace) -> 
     draw, size = torch.Generator().manual_seed(options.seed), options.batch_size
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=options.steps, pct_start=0.1)
-    encode, decode = (
-        (model.encode, model.decode) if options.no_compile else (torch.compile(model.encode), torch.compile(model.decode))
-    )
+    if not options.no_compile:
+        compile_blocks(model)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns) as bar:
         task = bar.add_task("training", total=options.steps)
         for step in range(options.steps):
             batch = to_float(images[torch.randint(len(images), (size,), generator=draw)])
             with torch.autocast(images.device.type, torch.bfloat16):
-                found = encode(batch).latent_dist
-                back = decode(found.mean + found.std * torch.randn(found.mean.shape, generator=draw).to(batch.device)).sample
+                found = model.encode(batch).latent_dist
+                back = model.decode(found.mean + found.std * torch.randn(found.mean.shape, generator=draw).to(batch.device)).sample
             error = F.l1_loss(back.float(), batch)
-            loss = error + KL_WEIGHT * found.kl().float().mean()
+            loss = error + KL_WEIGHT * found.kl().float().mean() / found.mean[0].numel()
             loss.backward()
+            if step == CHECKED_STEP:
+                check_gradients(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
