@@ -17,9 +17,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "halfbyte"
 # fmt: off
 ROOMS = (
     "errors", "fields", "formats", "packing", "recipe", "targets", "quantizers", "timestep", "layers", "splitting", "metrics",
-    "tracing", "calibration", "methods", "checkpoint", "runs", "runtime", "conversion", "hub", "diffusers_plugin", "diffusers_lora",
-    "transformers_plugin", "api", "streaming", "export", "evaluate", "heal", "sensitivity", "report", "demo", "evidence", "bench",
-    "terminal", "cli_evidence", "cli",
+    "tracing", "calibration", "methods", "checkpoint", "runs", "runtime", "conversion", "unpacking", "hub", "diffusers_plugin",
+    "diffusers_lora", "transformers_plugin", "api", "streaming", "export", "evaluate", "heal", "sensitivity", "report", "demo",
+    "evidence", "bench", "terminal", "cli_evidence", "cli",
 )
 # fmt: on
 

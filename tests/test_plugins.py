@@ -96,6 +96,23 @@ def t5():
 TOKENS = torch.arange(12).view(2, 6)
 
 
+@pytest.mark.parametrize("make", [clip, t5, None])
+def test_the_libraries_own_dequantize(build, call, make):
+    model = make() if make else build("UNet2DModel")
+    arguments = {"input_ids": TOKENS} if make else call("UNet2DModel")
+    with torch.no_grad():
+        exact = model(**arguments)[0]
+        hb.quantize(model, "quartz-w4a8")
+        packed = model(**arguments)[0]
+        model.dequantize()
+        found = model(**arguments)[0]
+    assert not packed_layers(model)
+    assert not hasattr(model, "hf_quantizer")
+    assert model.to(torch.bfloat16).dtype == torch.bfloat16  # quantized models may not be cast
+    assert 0 < (found - packed).norm() < 0.1 * exact.norm()  # the 8-bit inputs
+    assert 0 < (found - exact).norm() < 0.3 * exact.norm()  # the 4-bit weights
+
+
 @pytest.mark.parametrize("make", [clip, t5])
 def test_text_encoders_are_saved_and_loaded_bit_for_bit(make, tmp_path):
     model = make()

@@ -15,6 +15,7 @@ from torch import nn
 from halfbyte.checkpoint import METHOD
 from halfbyte.hub import LayoutConfig, after_loading, before_loading, quantize_loaded, refuse_calibration
 from halfbyte.recipe import Recipe
+from halfbyte.unpacking import unpack_layers
 
 
 class HalfbyteConfig(LayoutConfig, QuantizationConfigMixin):
@@ -56,6 +57,12 @@ class HalfbyteQuantizer(DiffusersQuantizer):
             attach(model, self.quantization_config.recipe)
         return model
 
+    def dequantize(self, model: Any) -> Any:
+        """The model as a plain float one, in place, in the type of its other parameters."""
+        unpack_layers(model, model.dtype)
+        detach(model)
+        return model
+
 
 def attach(model: Any, recipe: Recipe) -> None:
     """Make a packed diffusers model save itself as one."""
@@ -64,6 +71,14 @@ def attach(model: Any, recipe: Recipe) -> None:
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, config.quant_method
     model.register_to_config(quantization_config=config)
     run_channels_last(model)
+
+
+def detach(model: Any) -> None:
+    """Take off what makes diffusers treat a model as quantized."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    model._internal_dict = type(model._internal_dict)(entries)
 
 
 def run_channels_last(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from halfbyte.checkpoint import METHOD
 from halfbyte.hub import LayoutConfig, after_loading, before_loading, quantize_loaded, refuse_calibration
 from halfbyte.recipe import Recipe
+from halfbyte.unpacking import unpack_layers
 
 
 class HalfbyteConfig(LayoutConfig, QuantizationConfigMixin):
@@ -46,12 +47,25 @@ class HalfbyteHfQuantizer(HfQuantizer):
             attach(model, self.quantization_config.recipe)
         return model
 
+    def dequantize(self, model: Any, dtype: Any = None) -> Any:
+        """The model as a plain float one, in place, in the given type or that of its other parameters."""
+        unpack_layers(model, dtype or model.dtype)
+        detach(model)
+        return model
+
 
 def attach(model: Any, recipe: Recipe) -> None:
     """Make a packed transformers model save itself as one."""
     config = HalfbyteConfig.from_model(model, recipe)
     model.hf_quantizer, model.is_quantized = HalfbyteHfQuantizer(config, pre_quantized=True), True
     model.config.quantization_config = config
+
+
+def detach(model: Any) -> None:
+    """Take off what makes transformers treat a model as quantized."""
+    for name in ("hf_quantizer", "is_quantized"):
+        vars(model).pop(name, None)
+    del model.config.quantization_config
 
 
 def is_transformers_model(model: nn.Module) -> bool:
