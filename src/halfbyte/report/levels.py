@@ -77,7 +77,7 @@ def percent(share: float) -> str:
     """A share as a percentage of one or two digits."""
     if 0 < share < 0.0001:
         return "<0.01 %"
-    return f"{100 * share:.0f} %" if share >= 0.0995 or not share else f"{100 * share:.1g} %"
+    return f"{100 * share:.0f} %" if share >= 0.095 or not share else f"{100 * share:.1g} %"
 
 
 def _place(value: float, low: float, high: float) -> float:
@@ -123,7 +123,9 @@ def _svg(codes: InputCodes, comb: int) -> str:
     drawn += [f'<text x="{LEFT - 5}" y="{y:.0f}" text-anchor="end">{escape(label)}</text>' for y, label in labels]
     largest = 2 ** (len(shifts) - 1)
     for value in dict.fromkeys((largest * min(levels), round(codes["zero"]), largest * max(levels))):
-        drawn.append(f'<text x="{_place(value, low, high):.0f}" y="{bottom - 3}" text-anchor="middle">{number(value, 0)}</text>')
+        place = _place(value, low, high)
+        anchor = "middle" if place < LEFT + WIDTH - 12 else "end"
+        drawn.append(f'<text x="{place:.0f}" y="{bottom - 3}" text-anchor="{anchor}">{number(value, 0)}</text>')
     return (
         f'<svg viewBox="0 0 {LEFT + WIDTH} {bottom}" role="img" aria-label="{escape(_described(codes))}" class="levels">'
         f'<path class="bars" d="{_bars(codes["counts"])}"/><use href="#levels-{comb}"/>{"".join(drawn)}</svg>'
