@@ -177,6 +177,10 @@ def test_paper_has_no_sliders_and_no_cut_tables(browser, address):
     assert not visit.page.locator("input.cut:visible").count()
     table = visit.page.locator("table.results").bounding_box()
     assert table["x"] + table["width"] <= 690
+    assert not visit.page.get_by_text("Move a slider").is_visible()
+    for section in visit.page.locator("section.whole").all():  # a heading stays with its chart, and in line with it
+        assert section.evaluate("element => getComputedStyle(element).breakInside") == "avoid"
+        assert section.locator("h2").bounding_box()["x"] == section.bounding_box()["x"]
     visit.width = 690
     visit.check()
 
