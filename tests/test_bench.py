@@ -68,6 +68,7 @@ def test_the_command_writes_its_figures(tmp_path):
 
     done = CliRunner().invoke(app, ["bench", "linear", "--smoke", "--json", str(tmp_path / "out.json")])
     assert done.exit_code == 0, done.output
+    assert "Times as fast as torch bf16" in (tmp_path / "out.html").read_text()
     written = json.loads((tmp_path / "out.json").read_text())
     assert {row["contestant"] for row in written["rows"]} >= set(layers.SPECS)
     assert "backend" in written["environment"]

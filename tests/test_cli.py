@@ -1,5 +1,6 @@
 """The command line: round trips, and one sentence for every mistake."""
 
+import json
 import os
 import signal
 import subprocess
@@ -199,10 +200,17 @@ def test_eval_report_and_table_agree(monkeypatch, capsys, model, tmp_path):
     Path("table.yaml").write_text(table)
     code, _, err = run(monkeypatch, capsys, "table", "table.yaml", "-o", "table", "--slim", "slim.json")
     assert code == 0, err
-    code, out, err = run(monkeypatch, capsys, "report", "results.json", "slim.json", "-o", "both.html")
+    row = {"case": "linear", "contestant": "quartz-w4a4", "seconds": 0.5, "weight_bytes_of_bf16": 0.27}
+    Path("bench.json").write_text(json.dumps({"environment": {}, "rows": [row]}))
+    code, out, err = run(monkeypatch, capsys, "report", "results.json", "slim.json", "-o", "both.html", "--bench", "bench.json")
     assert code == 0, err
     assert "int4-w4a4" in out
-    assert "int4-w4a4" in Path("both.html").read_text()
+    page = Path("both.html").read_text()
+    assert "int4-w4a4" in page
+    assert "Times as fast as" in page
+    assert "Inputs on their levels" in page
+    slim = json.loads(Path("slim.json").read_text())
+    assert all(one["layers"] == [] for one in slim["runs"])
     code, _, err = run(monkeypatch, capsys, "eval", "out", "--against", "model", "-o", "results.json", *options)
     assert (code, "results.json exists already" in err) == (1, True)
 

@@ -172,7 +172,7 @@ def test_the_page_shows_every_layer_at_every_width_and_timestep(found, tmp_path)
     write_heatmap(found, tmp_path / "page.html", room.spend(found, 5.5))
     page = (tmp_path / "page.html").read_text()
     assert page.count("--heat:") == 2 * 3 * (len(found.layers) + len(found.families))
-    assert all(page.count(f">{layer.name}</th>") == 2 for layer in found.layers)
+    assert all(page.count(f'<th scope="row"><span>{layer.name}</span>') == 2 for layer in found.layers)
     stored, seen = room.averages(found, room.spend(found, 5.5))
     assert f"{stored:.2f} stored bits a weight and {seen:.2f} bits an activation" in page
     assert "http" not in page.replace("http-equiv", "")

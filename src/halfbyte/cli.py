@@ -365,7 +365,9 @@ def bench(
     model: Annotated[list[str] | None, typer.Option(help="Models of the pipelines; may be repeated. See --list.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Tiny shapes, one call each: does it run.")] = False,
     names: Annotated[bool, typer.Option("--list", help="Only list the models.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the figures there too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Write the figures there too, and a page beside it.")
+    ] = None,
 ) -> None:
     """Time packed layers and whole models on this machine, side by side with what else it could run; random weights."""
     import json
@@ -388,6 +390,18 @@ def bench(
     if json_file:
         results = {"environment": environment(), "rows": rows}
         write_file(json_file, (json.dumps(results, indent=2) + "\n").encode())
+        _write_speed_page(results, json_file.with_suffix(".html"))
+
+
+def _write_speed_page(results: Any, page: Path) -> None:
+    from halfbyte.errors import MissingExtraError
+    from halfbyte.report.speed import speed_of, write_speed_report
+
+    try:
+        write_speed_report(speed_of(results), page)
+        typer.echo(f"The page: {page.resolve()}")
+    except MissingExtraError as missing:
+        typer.echo(f"No page: {missing}")
 
 
 @app.command(epilog="Example:  halfbyte export my-model-4bit -o my-model-bf16")

@@ -16,7 +16,9 @@ EVAL_EXAMPLES = (
     "On several devices:  accelerate launch -m halfbyte.cli eval ..."
 )
 TABLE_EXAMPLES = "Examples:  halfbyte table configs/demo.yaml -o demo-table    halfbyte table my.yaml --insert README.md"
-REPORT_EXAMPLES = "Example:  halfbyte report quartz.json msfp.json -o report.html"
+REPORT_EXAMPLES = (
+    "Examples:  halfbyte report quartz.json msfp.json -o report.html    halfbyte report quartz.json --bench bench.json"
+)
 
 
 def evaluate(
@@ -92,14 +94,16 @@ def report(
     results: Annotated[list[Path], typer.Argument(help="Files that `halfbyte eval` or `halfbyte table` wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file.")] = Path("report.html"),
     insert: Annotated[Path | None, typer.Option(help="Markdown file that gets the table between its markers.")] = None,
+    bench: Annotated[Path | None, typer.Option(help="Speeds for the same page: what `halfbyte bench --json` wrote.")] = None,
 ) -> None:
     """Put the runs of several results, made in the same way, into one page."""
     from halfbyte.report import load_results, write_report
     from halfbyte.report.markdown import insert_table
     from halfbyte.report.merge import merge
+    from halfbyte.report.speed import load_speed
 
     merged = merge([load_results(file) for file in results])
-    write_report(merged, output)
+    write_report(merged, output, None if bench is None else load_speed(bench))
     if insert is not None:
         insert_table(insert, merged)
     print_results(merged)

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.report.allocation import allocation_svg
+from halfbyte.report.allocation import allocation_svg, share_svg
 from halfbyte.report.healing import write_healing_report
 
 RESULTS = {
@@ -66,6 +66,31 @@ def test_noise_is_on_the_left_and_every_timestep_is_coloured():
     assert clean_width + noisy_width == pytest.approx(whole, abs=0.02)
     assert clean_width / noisy_width == pytest.approx(1.5, abs=0.01)
     assert (clean, noisy) == ("var(--series-0)", "var(--series-1)")
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_share_of_layers_is_the_height_of_a_colour(narrow):
+    choice = {"a": [[0, 600], [1, 400]], "b": [[0, 1000]], "c": [[2, 250], [0, 750]], "d": [[1, 600], [0, 400]]}
+    root = ElementTree.fromstring(share_svg(choice, RESULTS["timesteps"], narrow))
+    width, height = (350, 120) if narrow else (1040, 160)
+    areas, titles = [], []
+    for path in root.iter("path"):
+        points = [tuple(map(float, point.split())) for point in path.get("d").strip("Mz").split("L")]
+        turned = zip(points, points[1:] + points[:1], strict=True)
+        areas.append(abs(sum(x * v - u * y for (x, y), (u, v) in turned)) / 2 / (width * height))
+        titles.append(path.find("title").text)
+    shares = [(600 + 1000 + 750 + 400) / 4000, (400 + 600) / 4000, 250 / 4000]
+    assert areas == pytest.approx(shares, abs=0.002)
+    assert titles == [f"set {number}: {100 * share:.0f} % of layers and timesteps" for number, share in enumerate(shares)]
+
+
+def test_rows_of_phones_fit_phones():
+    root = ElementTree.fromstring(allocation_svg(RESULTS["choice"], RESULTS["timesteps"], narrow=True))
+    assert root.get("viewBox").startswith("0 0 350 ")
+    bars = [(float(bar.get("x")), float(bar.get("y")), float(bar.get("width"))) for bar in root.iter("rect")]
+    assert sum(width for *_, width in bars) == pytest.approx(2 * 350, abs=0.1)
+    below = [float(text.get("y")) for text in root.iter("text")]
+    assert below[0] < bars[0][1] < below[1] < bars[2][1]  # a name stands above its row
 
 
 def test_incomplete_results_are_refused(tmp_path):

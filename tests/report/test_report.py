@@ -19,15 +19,18 @@ from PIL import Image
 
 from halfbyte.errors import CheckpointError, HalfbyteError, MissingExtraError
 from halfbyte.report import check_results, load_results, save_results, write_report
-from halfbyte.report.charts import COLOURS, layer_plot, marker_points, timestep_plot
+from halfbyte.report.charts import COLOURS, PLAIN, entropy_plots, layer_plot, marker_points, timestep_plot
 from halfbyte.report.figures import number as fixed
 from halfbyte.report.figures import with_interval
 from halfbyte.report.page import significant
 from halfbyte.report.pictures import GUTTER, data_uri, grid_png, picture_size
+from halfbyte.report.speed import speed_of
 from halfbyte.report.svg import draw
 
 EVIL = "<script>alert('$x_{1')</script>"
 LAYERS = ("conv_in", "down_blocks.0.conv1", "down_blocks.0.conv2", "down_blocks.1.to_q", f"mid_block.{EVIL}", "conv_out")
+INPUT_CODES = {"grid": "lzs4", "entropy": 3.2, "plain": 2.5, "shifts": [0.5, 0.5], "step": 0.1, "zero": 0.0}
+INPUT_CODES |= {"low": -15.0, "high": 15.0, "counts": [1, 20, 300, 20], "outside": 0.0}
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -44,6 +47,8 @@ def make_layer(name: str, sqnr: float | None) -> dict:
         "weight_sqnr": None if kept else sqnr + 3,
         "output_sqnr": sqnr,
         "choice": None,
+        "input_codes": None if kept else {**INPUT_CODES, "entropy": 3 + sqnr / 100},
+        "weight_codes": None if kept else {"grid": "lzs4", "entropy": 3.5 + sqnr / 100, "plain": 3.25},
     }
 
 
@@ -211,22 +216,24 @@ def test_pictures_and_charts_speak(page):
     assert sliders[0]["aria-label"] == "Draw float over quartz-w4a4"
     assert all("hidden" in slider for slider in sliders)  # the script shows them
     charts = [svg for svg in page.all("svg") if svg.get("class") == "chart"]
-    assert len(charts) == 4  # two charts, each for wide and for narrow pages
+    assert len(charts) == 8  # four charts, each for wide and for narrow pages
     assert all(svg["role"] == "img" and svg["aria-labelledby"] for svg in charts)
-    assert all(svg.get("aria-hidden") == "true" for svg in page.all("svg") if svg not in charts)
+    levels = [svg for svg in page.all("svg") if svg.get("class") == "levels"]
+    assert len(levels) == 4 * (len(LAYERS) - 1)
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in levels)
+    assert all(svg.get("aria-hidden") == "true" for svg in page.all("svg") if svg not in charts + levels)
     assert all(cell.get("scope") for cell in page.all("th"))
     assert page.all("html") == [{"lang": "en"}]
 
 
 def test_the_table_says_what_the_results_say(page):
     rows = [[" ".join(cell.split()) for cell in row] for row in page.rows]
-    head = ["Recipe", "Weights", "Activations", "Bits a weight", "Size MB", "Size of bf16"]
+    head = ["Recipe weights × activations", "Bits a weight", "Size MB, of bf16"]
     assert rows[0] == [*head, "SQNR dB ↑", "PSNR dB ↑", "SSIM ↑", "Frechet ↓", "Time s an image"]
-    assert rows[1][3:] == ["16.00", "8.00", "1.000×", "–", "–", "–", "1.231.13 to 1.33", "0.0512"]
-    ours = "24.4424.02 to 24.86published 23.5: Somebody 2025"
-    kinds = ["quartz-w4a4lzs4<<4/16 × int8", "lzs4<<4/16", "int8"]  # the kinds stand below the name, too, for narrow pages
-    assert rows[2] == [*kinds, "4.30", "2.15", "0.269×", "16.4", ours, "0.912", "1.231.13 to 1.33", "0.0512"]
-    assert rows[3][7] == "27.0626.64 to 27.48"
+    assert rows[1][1:] == ["16.00", "8.001.000×", "–", "–", "–", "1.23± 0.10", "0.0512"]
+    ours = "24.44± 0.42published 23.5: Somebody 2025"
+    assert rows[2] == ["quartz-w4a4lzs4<<4/16 × int8", "4.30", "2.150.269×", "16.4", ours, "0.912", "1.23± 0.10", "0.0512"]
+    assert rows[3][4] == "27.06± 0.42"
     layer = ["down_blocks.0.conv1", "Conv2d", "32×16×3×3", "lzs4<<4/16", "int8", "4.25", "20.4", "17.4", "inner layer"]
     assert layer in rows
     assert ["conv_in", "Conv2d", "32×16×3×3", "float", "float", "16.00", "–", "–", "kept by the recipe"] in rows
@@ -253,14 +260,16 @@ def test_the_frechet_distance_is_no_fid(page, results, tmp_path):
 def test_what_was_not_measured_has_no_column(results, tmp_path):
     for run in results["runs"]:
         run.update(figures={}, images=None, sqnr_by_timestep=[])
-        run["layers"] = [layer | {"weight_sqnr": None, "output_sqnr": None} for layer in run["layers"]]
+        gone = dict.fromkeys(("weight_sqnr", "output_sqnr", "input_codes", "weight_codes"))
+        run["layers"] = [layer | gone for layer in run["layers"]]
     results["settings"].update(features=None, digest=None, reference=None, reference_count=None)
     made = write(results, tmp_path)
-    assert len(made.rows[0]) == 8
+    assert len(made.rows[0]) == 5
     assert not made.all("img")
     assert "FID" not in made.prose
     assert "PSNR" not in made.prose
-    assert not [svg for svg in made.all("svg") if svg.get("class") == "chart"]
+    assert not [svg for svg in made.all("svg") if svg.get("class") in ("chart", "levels")]
+    assert "levels" not in made.prose
 
 
 def test_lossless_and_broken_runs(results, tmp_path):
@@ -270,11 +279,11 @@ def test_lossless_and_broken_runs(results, tmp_path):
     results["runs"][2]["sqnr_by_timestep"] = [[900, math.nan], [500, 3.0], [0, -math.inf]]
     results["runs"][4]["bytes_bf16"] = 0
     made = write(results, tmp_path)
-    assert [row[6] for row in made.rows[1:6]] == ["–", "∞", "−∞", "7.9", "31.5"]
-    assert made.rows[2][7].startswith("∞")
-    assert made.rows[3][7] == made.rows[3][9] == "NaN"
-    assert made.rows[4][10] == "–"
-    assert made.rows[5][5] == "–"
+    assert [row[3] for row in made.rows[1:6]] == ["–", "∞", "−∞", "7.9", "31.5"]
+    assert made.rows[2][4].startswith("∞")
+    assert made.rows[3][4] == made.rows[3][6] == "NaN"
+    assert made.rows[4][7] == "–"
+    assert made.rows[5][2].endswith("–")
     assert f"Closest with 4-bit weights 7.9 dB SQNR {EVIL}" in made.prose
 
 
@@ -336,6 +345,51 @@ def test_chart_of_timesteps_runs_from_noise_to_image(results):
     assert plot.reverse
     assert list(plot.series[0].x) == [0, 500, 900]
     assert "18.4 to 14.4 for quartz-w4a4" in plot.description
+
+
+def test_charts_of_entropy_hold_recipes_against_plain_int4(results):
+    runs = results["runs"][1:]
+    weights, inputs = entropy_plots(runs)
+    assert [line.style for line in inputs.series] == [0, 1, 2, 3, PLAIN]
+    known = [layer["input_codes"]["entropy"] for layer in runs[1]["layers"] if layer["input_codes"]]
+    assert [value for value in inputs.series[1].y if not math.isnan(value)] == known
+    assert [value for value in inputs.series[-1].y if not math.isnan(value)] == [2.5] * len(known)
+    assert [value for value in weights.series[-1].y if not math.isnan(value)] == [3.25] * len(known)
+    assert f"{np.mean(known):.2f} for quartz-w4a8" in inputs.about
+    assert "2.50 for plain INT4" in inputs.description
+    assert "var(--muted)" in draw(inputs)["wide"]
+    for layer in runs[3]["layers"]:  # a run that is plain INT4: its line is the one to compare with
+        for codes in filter(None, (layer["input_codes"], layer["weight_codes"])):
+            codes["entropy"] = codes["plain"]
+    assert [line.style for line in entropy_plots(runs)[0].series] == [0, 1, 2, 3]
+    for layer in (layer for run in runs for layer in run["layers"]):
+        layer["input_codes"] = layer["input_codes"] and {**layer["input_codes"], "grid": "e2m3"}  # 6 bits
+        del layer["weight_codes"]  # results of an older version
+    assert entropy_plots(runs) == []
+
+
+def test_results_of_before_codes_were_gathered_make_a_page(results, tmp_path):
+    for layer in (layer for run in results["runs"] for layer in run["layers"]):
+        del layer["input_codes"], layer["weight_codes"]
+    assert "Inputs on their levels" not in write(results, tmp_path).prose
+
+
+def test_speeds_stand_on_the_same_page(results, bench, tmp_path):
+    write_report(results, tmp_path / "report.html", speed_of(bench()))
+    made = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "One step of a whole model unet" in made.prose
+
+
+def test_a_page_of_500_layers_stays_below_5_megabytes(results, tmp_path):
+    layers = [make_layer(f"transformer_blocks.{n // 10}.attention.to_q.{n % 10}", 5.0 + n / 50) for n in range(500)]
+    counts = [(index * 7919) % 10_000 for index in range(64)]  # as uneven as can be
+    for layer in layers:
+        layer["input_codes"] |= {"counts": counts, "shifts": [0.2] * 5, "low": -112.5, "high": 112.5}
+    results["runs"] = [run if run["sqnr"] is None else run | {"layers": layers} for run in results["runs"][:4]]
+    made = write(results, tmp_path)
+    assert len([svg for svg in made.all("svg") if svg.get("class") == "levels"]) == 1500
+    assert len(made.text) < 5_000_000
+    assert len([one for one in made.all("details") if "open" in one]) == 2  # one run's worst layers, and how to read numbers
 
 
 def test_drawings_have_the_pages_colours_and_fonts(results):
@@ -409,17 +463,18 @@ def test_data_uri():
 def places(value: object, path: tuple = ()) -> list[tuple]:
     """The path of every key of the schema in results; of lists, the last entry."""
     if isinstance(value, list):
-        return places(value[-1], (*path, len(value) - 1)) if value and path[-1] != "shape" else []
+        return places(value[-1], (*path, len(value) - 1)) if value and path[-1] not in ("shape", "counts", "shifts") else []
     if not isinstance(value, dict):
         return []
     free = path[-1:] in (("environment",), ("figures",), ("arguments",))
+    value = {key: entry for key, entry in value.items() if key not in ("input_codes", "weight_codes") or entry}
     keys = [] if free else [(*path, key) for key in value]
     return keys + [found for key, entry in value.items() for found in places(entry, (*path, key))]
 
 
 def test_every_missing_key_is_named(results):
     assert check_results(results) is results
-    every = places(results)
+    every = [path for path in places(results) if path[-1] not in ("input_codes", "weight_codes")]  # which may be missing
     assert len(every) > 35
     for path in every:
         broken = copy.deepcopy(results)
@@ -450,6 +505,7 @@ WRONG = {
     "a published figure without a source": (("runs", 1, "published"), [{"figure": "psnr", "value": 3.0}], "has no 'source'"),
     "numbers in the environment": (("environment",), {"threads": 2}, "environment\\['threads'\\] must be a string, got int 2"),
     "half a choice": (("runs", 1, "layers", 0, "choice"), {"maxval": 1.0}, r"layers\[0\].choice has no "),
+    "half of the codes": (("runs", 1, "layers", 1, "weight_codes"), {"grid": "int4"}, r"weight_codes has no 'entropy', 'plain'"),
     "no float model": (("runs", 0, "sqnr"), 3.0, r"results.runs\[0\] \('float'\) has an SQNR"),
     "a picture from elsewhere": (("runs", 1, "images"), "https://example.org/x.png", r"runs\[1\].images must be null or a PNG"),
     "a picture that is none": (("runs", 1, "images"), "data:image/png;base64,AAAA", r"runs\[1\].images must be null or a PNG"),

@@ -9,6 +9,7 @@ from torch import Tensor
 from halfbyte.calibration import find_denoiser
 from halfbyte.checkpoint import read_json, write_file
 from halfbyte.errors import EvaluationError
+from halfbyte.evaluate.codes import watched_inputs, weight_codes
 from halfbyte.evaluate.figures import Reference, figures
 from halfbyte.evaluate.images import FolderImages, ImageSet, open_images, read_statistics
 from halfbyte.evaluate.measure import Instruments, measure_folder, merged
@@ -82,13 +83,16 @@ class Evaluation:
         return quantized_row(name, recipe, find_denoiser(pipe), layers, damage, found, seconds, images)
 
     def damage(self, pipe: Any, file: Path) -> dict[str, Any]:
-        """SQNR of the predictions, over all and by timestep, and of each layer's output; kept in a file."""
+        """SQNR of the predictions, over all and by timestep, and of each layer's output; the codes of layers. Kept in a file."""
         if not file.exists() and self.session.main:
             states, student = self._float_states(), find_denoiser(pipe)
             total, by_timestep = prediction_sqnr(student, states)
             calls = states.calls[:: max(1, len(states.calls) // LAYER_CALLS)]
-            layers = layer_sqnr(find_denoiser(self.pipe), student, calls)
+            with watched_inputs(student) as inputs:
+                layers = layer_sqnr(find_denoiser(self.pipe), student, calls)
             found = {"sqnr": total, "sqnr_by_timestep": [list(pair) for pair in by_timestep], "layers": layers}
+            found["input_codes"] = {name: codes.to_dict() for name, codes in inputs.items()}
+            found["weight_codes"] = weight_codes(find_denoiser(self.pipe), student)
             write_file(file, json.dumps(found).encode())
         self.session.wait()
         return read_json(file)

@@ -54,7 +54,7 @@ def quantized_row(
 
     Args:
         layers: what became of every layer.
-        damage: sqnr, sqnr_by_timestep and layers, as `Evaluation.damage` gives it.
+        damage: as `Evaluation.damage` gives it.
     """
     packed = bool(packed_layers(denoiser))
     stored, plain = stored_bytes(denoiser) if packed else simulated_bytes(layers)
@@ -71,7 +71,7 @@ def quantized_row(
         "figures": {key: estimate.to_dict() for key, estimate in found.items()},
         "published": [],
         "seconds_per_image": seconds if packed else None,
-        "layers": layer_rows(layers, damage["layers"]),
+        "layers": layer_rows(layers, damage),
         "images": picture(images),
     }
 
@@ -82,8 +82,12 @@ def simulated_bytes(layers: Sequence[LayerReport]) -> tuple[int, int]:
     return round(sum(bits * count for bits, count in sizes) / 8), 2 * sum(count for _, count in sizes)
 
 
-def layer_rows(layers: Sequence[LayerReport], damage: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The layer table of a result, as the report wants it."""
+def layer_rows(layers: Sequence[LayerReport], damage: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The layer table of a result, as the report wants it.
+
+    Args:
+        damage: as `Evaluation.damage` gives it.
+    """
     return [
         {
             "name": layer.name,
@@ -94,8 +98,10 @@ def layer_rows(layers: Sequence[LayerReport], damage: Mapping[str, float]) -> li
             "bits": layer.bits,
             "reason": layer.reason,
             "weight_sqnr": layer.weight_sqnr,
-            "output_sqnr": damage.get(layer.name),
+            "output_sqnr": damage["layers"].get(layer.name),
             "choice": None if layer.choice is None or layer.spec is None else choice_row(layer.spec, layer.choice),
+            "input_codes": damage["input_codes"].get(layer.name),
+            "weight_codes": damage["weight_codes"].get(layer.name),
         }
         for layer in layers
     ]

@@ -2,12 +2,15 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
-from typing import Literal
+from statistics import fmean
+from typing import Literal, TypeAlias
 
-from halfbyte.report.schema import Run, finite
+from halfbyte.formats import get_grid
+from halfbyte.report.schema import Layer, Run, finite
 
 COLOURS = 8  # CSS variables --series-0 to --series-7
 MARKERS = (  # corners, radius of the inner ones, turn in degrees, scale
@@ -20,6 +23,8 @@ MARKERS = (  # corners, radius of the inner ones, turn in degrees, scale
     (4, 0.35, 45.0, 1.3),  # cross
     (6, 0.55, 0.0, 1.2),  # star of six
 )
+PLAIN, PLAIN_NAME = -1, "plain INT4"  # style and name of the line that recipes are held against
+CodesKey: TypeAlias = Literal["weight_codes", "input_codes"]
 MAX_BLOCKS = 14  # named on the axis of layers; with more, names are cut to their first part
 
 
@@ -27,7 +32,7 @@ MAX_BLOCKS = 14  # named on the axis of layers; with more, names are cut to thei
 class Series:
     """One line of a chart; nan where it has no value."""
 
-    style: int
+    style: int  # of the run; PLAIN: no run's
     x: Sequence[float]
     y: Sequence[float]
 
@@ -45,6 +50,7 @@ class Plot:
     reverse: bool = False  # x falls from left to right
     y_label: str = "SQNR, dB"
     markers: bool = True
+    about: str = ""  # how to read it, for everybody
 
 
 def marker(style: int) -> tuple[list[tuple[float, float]], float]:
@@ -70,19 +76,68 @@ def layer_plot(runs: Sequence[Run]) -> Plot | None:
     """
     rows = [row for run in runs for row in run["layers"]]
     key: Literal["output_sqnr", "weight_sqnr"] = "output_sqnr" if any(finite(row["output_sqnr"]) for row in rows) else "weight_sqnr"
-    if not any(finite(row[key]) for row in rows):
+    names, series = _over_layers(runs, lambda row: row[key])
+    if not series:
         return None
-    longest = max(runs, key=lambda run: len(run["layers"]))
-    names = list(dict.fromkeys(row["name"] for run in (longest, *runs) for row in run["layers"]))
+    subject = "each layer's output" if key == "output_sqnr" else "each layer's weights"
+    described = f"SQNR of {subject} in decibels over {len(names)} layers in model order. The layer tables below hold the numbers."
+    about = "Each layer alone, given the float model's own input: where a recipe loses most. More is better; 6 dB halve the error."
+    return Plot("layers", f"SQNR of {subject}", described, "layers in model order", series, _blocks(names), about=about)
+
+
+def entropy_plots(runs: Sequence[Run]) -> list[Plot]:
+    """Entropy of the 4-bit codes of weights and of inputs over the layers, beside that of plain INT4 (QuaRTZ, figure 4).
+
+    Args:
+        runs: the quantized ones.
+    """
+    plots = []
+    kinds: tuple[tuple[CodesKey, str], ...] = (("weight_codes", "weights"), ("input_codes", "inputs"))
+    for key, subject in kinds:
+        names, series = _over_layers(runs, partial(_entropy, key, "entropy"))
+        if not series:
+            continue
+        plain = _over_layers(runs, partial(_entropy, key, "plain"))[1]
+        if not any(_known(line) == _known(other) for line in series for other in plain):  # nobody is plain INT4 already
+            fullest = max(plain, key=lambda line: len(_known(line)))
+            series.append(Series(PLAIN, fullest.x, fullest.y))
+        means = [f"{fmean(_known(line)):.2f} for {_title(runs, line)}" for line in series]
+        plots.append(
+            Plot(
+                f"{subject}-entropy",
+                f"Entropy of the {subject}' 4-bit codes",
+                f"Entropy in bits a code over {len(names)} layers in model order; on average {', '.join(means)}.",
+                "layers in model order",
+                series,
+                _blocks(names),
+                y_label="bits a code",
+                about=f"How evenly the {subject} use the 16 codes: 4 bits when all are equally frequent, less when most values "
+                f"share a few of them. On average {', '.join(means)}.",
+            )
+        )
+    return plots
+
+
+def _title(runs: Sequence[Run], line: Series) -> str:
+    return PLAIN_NAME if line.style == PLAIN else runs[line.style]["recipe"]
+
+
+def _entropy(key: CodesKey, which: Literal["entropy", "plain"], row: Layer) -> float | None:
+    codes = row.get(key)
+    return None if codes is None or get_grid(codes["grid"]).bits != 4 else codes[which]
+
+
+def _over_layers(runs: Sequence[Run], value: Callable[[Layer], float | None]) -> tuple[list[str], list[Series]]:
+    """The names of all layers in model order, and a line for every run that has values."""
+    longest = max(runs, key=lambda run: len(run["layers"]), default=None)
+    names = list(dict.fromkeys(row["name"] for run in (longest, *runs) if run for row in run["layers"]))
     series = []
     for style, run in enumerate(runs):
-        values = {row["name"]: row[key] for row in run["layers"]}
+        values = {row["name"]: value(row) for row in run["layers"]}
         y = [_number(values.get(name)) for name in names]
         if any(map(finite, y)):
             series.append(Series(style, range(len(names)), y))
-    subject = "each layer's output" if key == "output_sqnr" else "each layer's weights"
-    described = f"SQNR of {subject} in decibels over {len(names)} layers in model order. The layer tables below hold the numbers."
-    return Plot("layers", f"SQNR of {subject}", described, "layers in model order", series, _blocks(names))
+    return names, series
 
 
 def timestep_plot(runs: Sequence[Run]) -> Plot | None:
@@ -96,7 +151,8 @@ def timestep_plot(runs: Sequence[Run]) -> Plot | None:
         return None
     ends = [f"{_ends(line)} for {runs[line.style]['recipe']}" for line in series]
     described = f"SQNR of the predicted noise in decibels, from the first sampling step to the last: {'; '.join(ends)}."
-    return Plot("timesteps", "SQNR of the predicted noise over time", described, "timestep (noise to image)", series, reverse=True)
+    title, about = "SQNR of the predicted noise over time", "All layers together, by sampling step: when a recipe loses most."
+    return Plot("timesteps", title, described, "timestep (noise to image)", series, reverse=True, about=about)
 
 
 def loss_plot(log: Sequence[Mapping[str, float]]) -> Plot | None:
@@ -106,7 +162,9 @@ def loss_plot(log: Sequence[Mapping[str, float]]) -> Plot | None:
         return None
     steps, losses = [step for step, _ in points], [loss for _, loss in points]
     described = f"Loss over {steps[-1]} optimizer steps, from {losses[0]:.3g} to {losses[-1]:.3g}."
-    return Plot("loss", "Loss", described, "optimizer step", [Series(0, steps, losses)], y_label="loss", markers=False)
+    about = "How far the student is from the float model while it is trained; less is better."
+    series = [Series(0, steps, losses)]
+    return Plot("loss", "Loss", described, "optimizer step", series, y_label="loss", markers=False, about=about)
 
 
 def gamma_plot(timesteps: Sequence[float], gamma: Sequence[float]) -> Plot:
@@ -115,16 +173,21 @@ def gamma_plot(timesteps: Sequence[float], gamma: Sequence[float]) -> Plot:
         f"Weight of the loss by timestep, from {gamma[-1]:.3g} at the noisy end to {gamma[0]:.3g} at the clean end; 1 on average."
     )
     series = [Series(0, timesteps, gamma)]
-    label = "timestep (noise to image)"
-    return Plot("gamma", "Denoising factors", described, label, series, reverse=True, y_label="weight of the loss", markers=False)
+    label, weight = "timestep (noise to image)", "weight of the loss"
+    about = "How much an error at each timestep counts in the loss: as much as the sampler lets it change the final image."
+    return Plot("gamma", "Denoising factors", described, label, series, reverse=True, y_label=weight, markers=False, about=about)
 
 
 def _number(value: float | None) -> float:
     return float(value) if value is not None and math.isfinite(value) else math.nan
 
 
+def _known(line: Series) -> list[float]:
+    return [value for value in line.y if finite(value)]
+
+
 def _ends(line: Series) -> str:
-    values = [value for value in line.y if finite(value)]
+    values = _known(line)
     return f"{values[-1]:.1f} to {values[0]:.1f}"
 
 

@@ -1,14 +1,15 @@
 """The page of a healing run: its loss, what was trained, the weight of every timestep, and which weights serve which timesteps."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint import write_file
 from halfbyte.errors import HalfbyteError, listed
-from halfbyte.report.allocation import allocation_svg
+from halfbyte.report.allocation import allocation_svg, share_svg
 from halfbyte.report.charts import gamma_plot, loss_plot
 from halfbyte.report.page import drawn, environment
+from halfbyte.report.svg import WIDTHS
 
 KEYS = (
     "method",
@@ -46,10 +47,17 @@ def write_healing_report(results: Any, path: str | Path, title: str) -> None:
         title=title,
         results=results,
         last=results["log"][-1] if results["log"] else None,
-        settings=json.dumps(results["settings"], indent=1),
         sets=max((number + 1 for runs in results["choice"].values() for number, _ in runs), default=1),
         several=sum(len({number for number, _ in runs}) > 1 for runs in results["choice"].values()),
-        allocation=allocation_svg(results["choice"], results["timesteps"]) if results["choice"] else "",
+        shares=_both_widths(share_svg, results),
+        allocation=_both_widths(allocation_svg, results),
         charts=[drawn(plot) for plot in plots if plot is not None],
     )
     write_file(path, text.encode("utf-8"))
+
+
+def _both_widths(draw: Callable[..., str], results: Any) -> dict[str, str]:
+    """A picture for wide and for narrow pages; none where nothing was chosen by timestep."""
+    if not results["choice"]:
+        return {}
+    return {size: draw(results["choice"], results["timesteps"], narrow=size == "narrow") for size in WIDTHS}

@@ -9,6 +9,7 @@ from halfbyte.report.page import environment
 from halfbyte.sensitivity import Sensitivity, averages
 
 COLD, HOT = 50.0, 5.0  # dB: where the colours end
+MOST = 16  # rows that are shown at first
 
 
 def write_heatmap(found: Sensitivity, path: str | Path, widths: Mapping[str, str] | None = None) -> None:
@@ -24,7 +25,11 @@ def write_heatmap(found: Sensitivity, path: str | Path, widths: Mapping[str, str
     first = next(iter(found.ladder))
     page = templates.get_template("sensitivity.html.j2").render(
         found=found,
-        layers=found.layers,
+        layers=sorted(found.layers, key=lambda layer: -layer.total(first)),
+        first=first,
+        most=MOST,
+        cold=COLD,
+        hot=HOT,
         families=sorted(found.families, key=lambda family: -family.total(first)),
         widths=widths,
         averages=averages(found, widths) if widths else None,

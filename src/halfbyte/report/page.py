@@ -5,19 +5,28 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.checkpoint import write_file
 from halfbyte.errors import MissingExtraError
-from halfbyte.report.charts import COLOURS, Plot, layer_plot, marker_points, timestep_plot
+from halfbyte.report.charts import COLOURS, PLAIN, PLAIN_NAME, Plot, entropy_plots, layer_plot, marker_points, timestep_plot
 from halfbyte.report.figures import KINDS, MISSING, half_width, measured
 from halfbyte.report.figures import number as fixed
+from halfbyte.report.levels import LevelDrawings
 from halfbyte.report.pictures import picture_size
 from halfbyte.report.schema import Figure, Results, Run, check_results, finite
 from halfbyte.report.svg import draw
 
+if TYPE_CHECKING:
+    from halfbyte.report.speed import Speed
+
 FOUR_BITS = 6.0  # stored bits a weight below which a recipe counts as 4-bit: shifts and 8-bit edges come on top of 4
 PIXELS_BELOW = 800  # width of a picture that the page enlarges, and so shows pixel by pixel; larger ones are smoothed
+FORMATS = (  # how to read what `LayerSpec.describe` says
+    "int4 and int8 are integers; lzs4 is int4 without -8; e2m1 and its like are floats of so many exponent and mantissa bits, "
+    "unsigned with a u before. <<4/16: every 16 neighbours share a shift of 0 to 4 bits; g64: every 64 share a scale; cut: low "
+    "bits are dropped, not rounded; static, timestep: calibrated scales."
+)
 SCRIPT = Path(__file__).with_name("templates") / "slider.js"
 
 
@@ -31,19 +40,20 @@ class Card:
     note: str
 
 
-def write_report(results: Any, path: str | Path) -> None:
+def write_report(results: Any, path: str | Path, speed: "Speed | None" = None) -> None:
     """Write results as one HTML page that loads nothing from elsewhere.
 
     The page appears at `path` whole or not at all; a page that is there already is replaced.
 
     Args:
         results: as `halfbyte.report.schema.Results` describes them, such as the content of a results.json.
+        speed: a measurement to stand on the same page.
     Raises:
         HalfbyteError: when the results are incomplete or of another version.
         CheckpointError: when the file cannot be written.
         MissingExtraError: without jinja2 or matplotlib.
     """
-    write_file(path, render(check_results(results)).encode("utf-8"))
+    write_file(path, render(check_results(results), speed).encode("utf-8"))
 
 
 def environment() -> Any:
@@ -69,13 +79,17 @@ def environment() -> Any:
         "colours": COLOURS,
         "picture_size": picture_size,
         "pixels_below": PIXELS_BELOW,
+        "formats": FORMATS,
     }
     return made
 
 
-def render(results: Results) -> str:
+def render(results: Results, speed: "Speed | None" = None) -> str:
     """The page as text."""
     runs, script = results["runs"], SCRIPT.read_text(encoding="utf-8")
+    drawings = LevelDrawings()
+    levels = [(index, found) for index, run in enumerate(runs) if (found := drawings.of_run(run))]
+    plots = [layer_plot(runs[1:]), timestep_plot(runs[1:]), *entropy_plots(runs[1:])]
     template = environment().get_template("report.html.j2")
     page: str = template.render(
         results=results,
@@ -88,14 +102,20 @@ def render(results: Results) -> str:
         pictured=[run for run in runs if run["images"] is not None],
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        charts=[drawn(plot) for plot in (layer_plot(runs[1:]), timestep_plot(runs[1:])) if plot is not None],
+        charts=[drawn(plot) for plot in plots if plot is not None],
+        levels=levels,
+        symbols=drawings.symbols(),
+        speed=speed,
+        plain=PLAIN,
+        plain_name=PLAIN_NAME,
     )
     return page
 
 
 def drawn(plot: Plot) -> dict[str, Any]:
     """A chart as the template takes it."""
-    return {"key": plot.key, "title": plot.title, "styles": [line.style for line in plot.series], "drawings": draw(plot)}
+    styles = [line.style for line in plot.series]
+    return {"key": plot.key, "title": plot.title, "about": plot.about, "styles": styles, "drawings": draw(plot)}
 
 
 def cards(results: Results) -> list[Card]:
@@ -115,10 +135,9 @@ def cards(results: Results) -> list[Card]:
 
 
 def interval(figure: Figure | None, digits: int) -> str:
-    """A figure's 95 % interval; empty where there is none."""
-    if figure is None or half_width(figure) is None:
-        return ""
-    return f"{fixed(figure['low'], digits)} to {fixed(figure['high'], digits)}"
+    """Plus and minus half of a figure's 95 % interval; empty where there is none."""
+    half = None if figure is None else half_width(figure)
+    return "" if half is None else f"± {fixed(half, digits)}"
 
 
 def significant(value: float | None) -> str:

@@ -9,6 +9,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -49,7 +50,34 @@ class Choice(TypedDict):
     input_errors: dict[str, float]
 
 
-class Layer(TypedDict):
+class Codes(TypedDict):
+    """How evenly the numbers of a layer use the codes of a grid."""
+
+    grid: str
+    entropy: float  # bits a code
+    plain: float  # the same of the numbers in plain INT4, one scale a channel or token
+
+
+class InputCodes(Codes):
+    """Where the values of a layer's input lie, in steps of its scale, with the zero point added."""
+
+    shifts: list[float]  # share of the subgroups that each shift serves; [1.0] where there are none
+    step: float  # the median scale
+    zero: float  # the median zero point
+    low: float  # ends of the histogram
+    high: float
+    counts: list[int]  # of values, in bins of equal width; those outside are in the last ones
+    outside: float  # share of values more than half a step beyond the grid
+
+
+class _MoreOfLayer(TypedDict, total=False):
+    """What results made before it was gathered lack."""
+
+    input_codes: InputCodes | None  # null: a grid of many bits, float, or never reached
+    weight_codes: Codes | None
+
+
+class Layer(_MoreOfLayer):
     """What became of one Linear or convolution."""
 
     name: str
@@ -166,7 +194,7 @@ def _check(place: str, value: Any, hint: Any) -> None:
         if value is not None:
             _check(place, value, parts[0])
     elif typing.is_typeddict(hint):
-        check_mapping(place, value, typing.get_type_hints(hint))
+        check_mapping(place, value, typing.get_type_hints(hint), hint.__optional_keys__)
     elif origin is list:
         _need(isinstance(value, list), place, value, "a list")
         for index, entry in enumerate(value):
@@ -188,14 +216,15 @@ def _check(place: str, value: Any, hint: Any) -> None:
         _need(fits, place, value, {int: "a whole number", str: "a string", bool: "true or false"}[hint])
 
 
-def check_mapping(place: str, value: Any, hints: dict[str, Any]) -> None:
+def check_mapping(place: str, value: Any, hints: dict[str, Any], optional: Collection[str] = ()) -> None:
     """Raises HalfbyteError when a key of the hints is missing in a mapping, or has a value of another type."""
     _need(isinstance(value, dict), place, value, "a mapping")
-    missing = hints.keys() - value.keys()
+    missing = hints.keys() - value.keys() - set(optional)
     if missing:
         raise HalfbyteError(f"{place} has no {listed(missing)}; it needs the keys {listed(hints)}")
     for key, hint in hints.items():
-        _check(f"{place}.{key}", value[key], hint)
+        if key in value:
+            _check(f"{place}.{key}", value[key], hint)
 
 
 def _need(fits: bool, place: str, value: Any, wanted: str) -> None:

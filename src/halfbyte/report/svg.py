@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from halfbyte.errors import MissingExtraError
-from halfbyte.report.charts import COLOURS, Plot, marker
+from halfbyte.report.charts import COLOURS, PLAIN, Plot, marker
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,9 +78,9 @@ def _figure(plot: Plot, width: int) -> "Figure":
     most = max(len(line.x) for line in plot.series)
     size = min(7.0, max(3.0, 0.8 * width / most))
     for line in plot.series:
-        colour = PLACEHOLDERS[f"series-{line.style % COLOURS}"]
+        colour = PLACEHOLDERS["muted" if line.style == PLAIN else f"series-{line.style % COLOURS}"]
         axes.plot(line.x, line.y, color=colour, linewidth=1.2, alpha=0.55 if plot.markers else 1.0)
-        if not plot.markers:
+        if not plot.markers or line.style == PLAIN:
             continue
         points, scale = marker(line.style)
         axes.plot(line.x, line.y, color=colour, linestyle="none", marker=points, markersize=scale * size, markeredgewidth=0)

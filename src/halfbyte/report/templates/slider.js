@@ -6,3 +6,6 @@ for (const slider of document.querySelectorAll("input.cut")) {
     slider.setAttribute("aria-valuetext", `${slider.value} % float, the rest ${slider.dataset.recipe}`);
   });
 }
+if (matchMedia("(max-width: 40rem)").matches) {
+  document.querySelector(".reading").open = false;  // on phones, pictures come before small print
+}
