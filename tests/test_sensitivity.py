@@ -129,10 +129,10 @@ def test_spending_beats_uniform_bits_of_the_same_size_on_the_demo_model():
     from halfbyte import demo
 
     pipe = demo.load_pipeline()
-    study = room.measure(pipe, {width: room.LADDER[width] for width in ("w4a4", "w8a8")}, images=1, steps=2)
+    study = room.measure(pipe, {width: room.LADDER[width] for width in ("w4a4", "w8a8")}, images=1, steps=4)
     plain = {layer.name: "w8a8" if layer.family == "edge" else "w4a4" for layer in study.layers}
     stored, seen = room.averages(study, plain)
-    widths = room.spend(study, stored + 0.05, seen + 0.15)
+    widths = room.spend(study, stored + 0.2, seen + 0.2)
     states, score = float_states(pipe, 4, 5, 3), {}
     for recipe in (PRESETS["quartz-w4a4"], room.to_recipe(study, widths, "spent")):
         student = copy.deepcopy(pipe.unet)
