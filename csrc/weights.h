@@ -44,11 +44,10 @@ struct Lanes<16> {
 
 // Adds v[1..] to v[0] in pairs, an odd one out going last; quantizers._sum_columns.
 template <typename V>
-static inline __attribute__((always_inline)) V sum_pairs(V* v, int64_t count) {
+static inline V sum_pairs(V* v, int64_t count) {
   while (count > 1) {
     const int64_t half = count / 2;
 #pragma GCC ivdep
-#pragma GCC unroll 16
     for (int64_t i = 0; i < half; i++) v[i] += v[half + i];
     if (count % 2) v[half] = v[count - 1];
     count -= half;
@@ -56,7 +55,18 @@ static inline __attribute__((always_inline)) V sum_pairs(V* v, int64_t count) {
   return v[0];
 }
 
-// W subgroups at a time of N values, or where N is 0, of any number; `Shifted`: with a shift each.
+// The same for a power of two known when compiling, in registers.
+template <int Count, typename V>
+static inline __attribute__((always_inline)) V sum_pairs(V* v) {
+  if constexpr (Count > 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Count / 2; i++) v[i] += v[Count / 2 + i];
+    return sum_pairs<Count / 2>(v);
+  }
+  return v[0];
+}
+
+// W subgroups at a time of N values (a power of two), or where N is 0, of any number; `Shifted`: with a shift each.
 template <int W, Levels L, int N, bool Shifted>
 class Rounder {
   using V = typename Lanes<W>::Floats;
@@ -190,15 +200,19 @@ class Rounder {
   // Sums over the subgroups of two errors of each value: those at the smaller and at the larger shift.
   template <typename Error>
   __attribute__((always_inline)) void sums(int64_t batch, Error error, V* low, V* high) {
-    V fixed[2][N ? N : 1];
-    V* const a = N ? fixed[0] : errors_;
-    V* const b = N ? fixed[1] : errors_ + n_;
     const V* const column = columns_ + batch * n_;
-    const int64_t count = N ? N : n_;
-#pragma GCC unroll 32
-    for (int64_t i = 0; i < count; i++) error(column[i], a + i, b + i);
-    *low = sum_pairs(a, count);
-    if (Shifted) *high = sum_pairs(b, count);
+    if constexpr (N) {  // unrolled
+      V a[N], b[N];
+#pragma GCC unroll 16
+      for (int i = 0; i < N; i++) error(column[i], a + i, b + i);
+      *low = sum_pairs<N>(a);
+      if (Shifted) *high = sum_pairs<N>(b);
+    } else {
+      V *const a = errors_, *const b = errors_ + n_;
+      for (int64_t i = 0; i < n_; i++) error(column[i], a + i, b + i);
+      *low = sum_pairs(a, n_);
+      if (Shifted) *high = sum_pairs(b, n_);
+    }
   }
 
   V loss(int64_t batch, float scale) {
@@ -269,11 +283,9 @@ static inline void with_rounder(const FloatRows& rows, const WeightFormat& forma
   const GridTable& grid = table_of(format.grid);
   if (format.max_shift) {
     if (grid.contiguous && format.subgroup == 16) return use(Rounder<W, Levels::whole, 16, true>(rows, format, work));
-    if (grid.contiguous && format.subgroup == 32) return use(Rounder<W, Levels::whole, 32, true>(rows, format, work));
     if (grid.contiguous) return use(Rounder<W, Levels::whole, 0, true>(rows, format, work));
     return use(Rounder<W, Levels::minifloat, 0, true>(rows, format, work));
   }
-  if (grid.contiguous && format.subgroup == 16) return use(Rounder<W, Levels::whole, 16, false>(rows, format, work));
   if (grid.contiguous) return use(Rounder<W, Levels::whole, 0, false>(rows, format, work));
   if (whole_bits(grid) > 1) return use(Rounder<W, Levels::minifloat, 0, false>(rows, format, work));
   use(Rounder<W, Levels::powers, 0, false>(rows, format, work));
