@@ -3,7 +3,8 @@
     python bench/streaming.py --blocks 19 38       FLUX.1 itself: 12 billion parameters, 24 GB on disk, plus 7 GB of output
     python bench/streaming.py --smoke              a tiny one
 
-The checkpoint is written into --folder and removed afterwards. Quantizing runs in a process of its own, whose peak memory is told.
+The checkpoint is written into --folder and removed afterwards; --keep has the packed one stay. Quantizing runs in a process of its
+own, whose peak memory is told.
 """
 
 import argparse
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs=2, default=(2, 4), metavar=("DOUBLE", "SINGLE"))
     parser.add_argument("--recipe", default="quartz-w4a8")
     parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder when not given")
+    parser.add_argument("--keep", type=Path, default=None, metavar="FOLDER", help="where the packed one goes; must not exist")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", type=Path, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -79,6 +81,8 @@ def main() -> None:
         command = [sys.executable, __file__, "--recipe", options.recipe, "--only", str(work / "float"), str(work / "out")]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         made = sum(file.stat().st_size for file in (work / "out").iterdir())
+        if options.keep:
+            shutil.move(work / "out", options.keep)
         seconds, processor, weights = found["seconds"], found["processor"], found["weights"]
         print(f"{blocks[0]} + {blocks[1]} blocks, {weights / 1e9:.2f} billion weights")
         print(f"{size / 1e9:.2f} GB in, {made / 1e9:.3f} GB out")

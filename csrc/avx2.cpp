@@ -169,6 +169,8 @@ const Kernels* avx2_kernels() {
       .decode = decode_narrow,
       .tile = any_narrow,
       .finish = avx2_finish,
+      .search = avx2_search,
+      .round = avx2_round,
   };
   static const Kernels kernels = {
       .rows = 3,
@@ -180,6 +182,8 @@ const Kernels* avx2_kernels() {
       .decode = avx2_decode,
       .tile = any_wide,
       .finish = avx2_finish,
+      .search = avx2_search,
+      .round = avx2_round,
       .narrow = &narrow,
   };
   return &kernels;

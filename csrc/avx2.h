@@ -9,5 +9,7 @@ void avx2_range(const void* values, Dtype dtype, int64_t count, bool only_absmax
 void avx2_encode(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
 void avx2_finish(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);
 void avx2_decode(const Nibbles& from, uint8_t* panel);  // shifted int8
+void avx2_search(const ScaleSearch& search, uint8_t* work);
+Energy avx2_round(const WeightRounding& rounding, uint8_t* work);
 
 }  // namespace halfbyte

@@ -162,6 +162,8 @@ const Kernels* avx512_kernels() {
       .tile = any_tile,
       .thin = thin,
       .finish = avx512_finish,
+      .search = avx512_search,
+      .round = avx512_round,
   };
   return &kernels;
 }

@@ -9,5 +9,7 @@ void avx512_range(const void* values, Dtype dtype, int64_t count, bool only_absm
 void avx512_encode(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
 
 void avx512_finish(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);
+void avx512_search(const ScaleSearch& search, uint8_t* work);
+Energy avx512_round(const WeightRounding& rounding, uint8_t* work);
 
 }  // namespace halfbyte

@@ -56,6 +56,8 @@ const Kernels* avx_vnni_kernels() {
       .decode = avx2_decode,
       .tile = any_tile,
       .finish = avx2_finish,
+      .search = avx2_search,
+      .round = avx2_round,
   };
   return &kernels;
 }

@@ -5,6 +5,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
 #include <array>
@@ -20,6 +21,7 @@ namespace hb = halfbyte;
 namespace {
 
 using Bytes = nb::ndarray<uint8_t, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using Sizes = std::array<int64_t, 13>;  // inputs, outputs, kernel h w, stride h w, dilation h w, pad top bottom left right, groups
 
 template <typename... Parts>
@@ -135,6 +137,37 @@ void forward(const InputArguments& x, const FormatArguments& given, const std::o
               reinterpret_cast<const float*>(bias), output);
 }
 
+// data, dtype, rows, values of a row; rows lie one after another.
+hb::FloatRows float_rows(const std::array<uint64_t, 4>& weights) {
+  const auto count = static_cast<int64_t>(weights[3]);
+  return {reinterpret_cast<const void*>(weights[0]), dtype_of(static_cast<int>(weights[1])), static_cast<int64_t>(weights[2]), count, count};
+}
+
+void search_scales(const std::array<uint64_t, 4>& weights, const std::string& grid, int max_shift, int subgroup, const Floats& factors,
+                   const Floats& scales, int threads) {
+  const hb::FloatRows rows = float_rows(weights);
+  const hb::WeightFormat format = weight_format(grid, max_shift, subgroup);
+  require(scales.size() == static_cast<size_t>(rows.rows), sentence("there are ", rows.rows, " rows and ", scales.size(), " scales"));
+  nb::gil_scoped_release unlocked;
+  hb::search_scales({hb::default_isa(), threads, hb::parallel_for}, rows, format, factors.data(), static_cast<int>(factors.size()),
+                    scales.data());
+}
+
+std::pair<double, double> round_weights(const std::array<uint64_t, 4>& weights, const std::string& grid, int max_shift, int subgroup,
+                                        const Floats& scales, const Bytes& codes, const std::optional<Bytes>& shifts, int threads) {
+  const hb::FloatRows rows = float_rows(weights);
+  const hb::WeightFormat format = weight_format(grid, max_shift, subgroup);
+  hb::Layer layer;
+  layer.inputs = rows.count, layer.outputs = rows.rows;
+  check_bytes("codes", codes.size(), bytes_of_codes(layer, format));
+  check_bytes("shifts", shifts ? shifts->size() : 0, bytes_of_shifts(layer, format));
+  require(scales.size() == static_cast<size_t>(rows.rows), sentence("there are ", rows.rows, " rows and ", scales.size(), " scales"));
+  nb::gil_scoped_release unlocked;
+  const hb::Energy energy = hb::round_weights({hb::default_isa(), threads, hb::parallel_for}, rows, format, scales.data(), codes.data(),
+                                              shifts ? shifts->data() : nullptr);
+  return {energy.signal, energy.noise};
+}
+
 }  // namespace
 
 NB_MODULE(_engine, m) {
@@ -155,5 +188,7 @@ NB_MODULE(_engine, m) {
   });
   m.def("pack", &pack, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("unpack", &unpack, nb::arg(), nb::arg(), nb::arg().none());
+  m.def("search_scales", &search_scales);
+  m.def("round_weights", &round_weights, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("forward", &forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
 }

@@ -106,7 +106,8 @@ double run_rounds(Isa isa, int64_t rounds) {
 
 }  // namespace
 
-const Kernels scalar_kernels = {.range = scalar_range, .encode = scalar_encode, .finish = scalar_finish};
+const Kernels scalar_kernels = {
+    .range = scalar_range, .encode = scalar_encode, .finish = scalar_finish, .search = scalar_search, .round = scalar_round};
 
 const char* isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
 

@@ -91,6 +91,29 @@ void unpack_weights(const uint8_t* packed, uint8_t* codes, uint8_t* shifts);
 // What a packed buffer holds; throws when it is not one.
 void describe_packed(const uint8_t* packed, size_t bytes, Layer* layer, WeightFormat* format);
 
+// Float weights, rows of output channels along K. `row_stride` in elements; values of a row are adjacent.
+struct FloatRows {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int64_t rows = 0, count = 0, row_stride = 0;
+};
+
+// The scale of each row, float32 (rows,), that leaves the least sum of squared errors: among `points` factors (0..1] of the one that
+// maps the largest magnitude to the top level. quantizers.search_scale in the same float32 operations and order of sums, so the
+// same bits on every instruction set. Rows with a NaN or an infinity get NaN.
+void search_scales(const Run& run, const FloatRows& weights, const WeightFormat& format, const float* factors, int points,
+                   float* scales);
+
+// Sums of squares, in double: of the weights, and of what rounding changed.
+struct Energy {
+  double signal = 0, noise = 0;
+};
+
+// Finite weights to codes and shifts as on disk (see pack_weights) under scales (rows,); quantizers.quantize_weight, to the last bit.
+// shifts may be null without shifts. The last digits of the energies depend on the instruction set.
+Energy round_weights(const Run& run, const FloatRows& weights, const WeightFormat& format, const float* scales, uint8_t* codes,
+                     uint8_t* shifts);
+
 // ---- activations ------------------------------------------------------------------------------------------------------------
 
 // As recipe.ActivationSpec (without group): signed grids take absmax scales, unsigned ones min-max with an integer zero point.

@@ -56,6 +56,24 @@ struct Nibbles {
   const GridTable* grid;
 };
 
+// One task of a scale search: rows one after another. See weights.h for `work`.
+struct ScaleSearch {
+  FloatRows rows;
+  WeightFormat format;
+  const float* factors;
+  int points;
+  float* scales;
+};
+
+// One task of rounding weights; codes and shifts are those of the first row.
+struct WeightRounding {
+  FloatRows rows;
+  WeightFormat format;
+  const float* scales;
+  uint8_t* codes;
+  uint8_t* shifts;
+};
+
 struct Kernels {
   int rows = 1, blocks = 1;  // of a tile: input rows, blocks of 16 output channels. Its sums are (rows, 16 * blocks) int32
   int thin_rows = 0;         // `thin` takes at most this many; 0: there is none
@@ -73,6 +91,8 @@ struct Kernels {
   // The same straight from nibbles, over all of K.
   void (*thin)(const uint8_t* const* row, int count, const Walk& walk, const Nibbles& from, int blocks, int32_t* sums) = nullptr;
   void (*finish)(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows) = nullptr;
+  void (*search)(const ScaleSearch& search, uint8_t* work) = nullptr;
+  Energy (*round)(const WeightRounding& rounding, uint8_t* work) = nullptr;
   const Kernels* narrow = nullptr;  // others for tiled nibbles with levels of at most `narrow_level`
   int even_rows = 0;                // `tile` reads rows in runs of this many, evenly spaced; the driver copies others together
   int step = 0;                     // chunks of K that `tile` takes at once, so that the rows stay in L1; 0: all

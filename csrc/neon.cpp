@@ -314,6 +314,8 @@ const Kernels* neon_kernels() {
       .decode = decode,
       .tile = any_tile,
       .finish = finish,
+      .search = scalar_search,
+      .round = scalar_round,
   };
   return &kernels;
 }

@@ -10,6 +10,7 @@ void test_packing();
 void test_refusals();
 void test_quantize();
 void test_ties();
+void test_weights();
 void test_linear();
 void test_extremes();
 void test_conv();
@@ -32,6 +33,7 @@ int main(int count, char** arguments) {
                {"refusals", test_refusals},
                {"quantize", test_quantize},
                {"ties", test_ties},
+               {"weights", test_weights},
                {"linear", test_linear},
                {"extremes", test_extremes},
                {"conv", test_conv},

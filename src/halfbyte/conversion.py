@@ -38,10 +38,11 @@ from halfbyte.methods.modiff import follow_differences
 from halfbyte.methods.msfp import fixed_scale, search_layer
 from halfbyte.methods.smooth import scale_inputs, search_strength, smooth_factors, weight_absmax
 from halfbyte.metrics import sqnr
-from halfbyte.quantizers import FixedScale, weight_scale
+from halfbyte.quantizers import FixedScale
 from halfbyte.recipe import LayerOverride, LayerSpec, Recipe, Reconstruction
 from halfbyte.runtime.backends import backend
 from halfbyte.runtime.layers import Packed, pack_layer
+from halfbyte.runtime.weights import weight_scale
 from halfbyte.splitting import owner_of, split_layers
 from halfbyte.targets import TARGETS, Target, matches
 from halfbyte.tracing import find_concatenations
@@ -343,7 +344,11 @@ def make_fake_quant(
         matrix = float_matrix(layer)
         branch = low_rank_branch(matrix, spec.low_rank)
         layer.weight = nn.Parameter(matrix_to_weight(layer, matrix - branch).to(layer.weight.dtype), layer.weight.requires_grad)
-    made = kind.from_float(layer, spec) if hessian is None else _compensated(kind, layer, spec, hessian, name, rounding)
+    scale = weight_scale(weight_to_matrix(layer, layer.weight.detach()), spec.weight)
+    if hessian is None:
+        made = kind.from_float(layer, spec, scale)
+    else:
+        made = _compensated(kind, layer, spec, scale, hessian, name, rounding)
     made.input_scale, made.low_rank = input_scale, branch
     if choice is not None and spec.activation is not None and spec.activation.scale == "static":
         made.fix_scale(FixedScale(torch.tensor([choice.input_scale]), torch.tensor([choice.input_zero])))
@@ -353,11 +358,10 @@ def make_fake_quant(
 
 
 def _compensated(
-    kind: type[FakeQuant], layer: Any, spec: LayerSpec, hessian: Tensor, name: str, rounding: AdaRounding | None
+    kind: type[FakeQuant], layer: Any, spec: LayerSpec, scale: Tensor, hessian: Tensor, name: str, rounding: AdaRounding | None
 ) -> Any:
     """A trainable layer whose weights are GPTQ's or AdaRound's, under scales found before; hessian: float64 (groups, K, K)."""
     matrix = weight_to_matrix(layer, layer.weight.float())
-    scale = weight_scale(matrix, spec.weight)
     if spec.weight.rounding == "adaround":
         rounding = rounding or AdaRounding(Reconstruction(), {name: 1})
         rounded = rounding.round(matrix, hessian, spec.weight, scale, name)

@@ -144,6 +144,12 @@ def round_units(units: Tensor, grid: Grid, max_shift: int, subgroup: int) -> Ten
     return round_with_shifts(units, grid, max_shift, subgroup)[0] if max_shift else round_to_grid(units, grid)
 
 
+def search_factors(max_shift: int) -> list[float]:
+    """What absmax scales are multiplied with in a search: float32 values."""
+    lowest, points = (0.5, SEARCH_POINTS // 2) if max_shift else (0.3, SEARCH_POINTS)
+    return torch.linspace(1.0, lowest, points, dtype=torch.float32, device="cpu").tolist()
+
+
 def search_scale(rows: Tensor, grid: Grid, max_shift: int = 0, subgroup: int = 16, norm: float = 2.0) -> Tensor:
     """Scale of each row that leaves the least sum of |error|**norm, among shrunken absmax scales.
 
@@ -155,57 +161,48 @@ def search_scale(rows: Tensor, grid: Grid, max_shift: int = 0, subgroup: int = 1
     Returns:
         float32 (r,).
     """
-    lowest = 0.5 if max_shift else 0.3
-    points = SEARCH_POINTS // 2 if max_shift else SEARCH_POINTS
-    factors = torch.linspace(1.0, lowest, points, dtype=torch.float32, device="cpu")
+    factors = search_factors(max_shift)
     step = max(1, CACHED_VALUES // max(1, rows.shape[-1]))
     found = [_search_part(part, grid, max_shift, subgroup, norm, factors) for part in rows.split(step)]
     return torch.cat(found) if found else rows.new_ones(0)
 
 
-def _search_part(rows: Tensor, grid: Grid, max_shift: int, subgroup: int, norm: float, factors: Tensor) -> Tensor:
+def _search_part(rows: Tensor, grid: Grid, max_shift: int, subgroup: int, norm: float, factors: list[float]) -> Tensor:
     widest = absmax_scale(rows, grid.top << max_shift)
-    loss_of = _shifted_loss(rows, grid, max_shift, subgroup, norm) if max_shift else _plain_loss(rows, grid, norm)
+    loss_of = _loss(rows, grid, max_shift, subgroup, norm)
     best, least = widest, torch.full_like(widest, torch.inf)
-    for factor in factors.tolist():
+    for factor in factors:
         scale = widest * factor
         loss = loss_of(scale)
         best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
     return best
 
 
-def _power(errors: Tensor, norm: float) -> Tensor:
-    """|error|**norm, in place."""
-    return errors.square_() if norm == 2 else errors.abs_().pow_(norm)
+def _loss(rows: Tensor, grid: Grid, max_shift: int, subgroup: int, norm: float) -> Callable[[Tensor], Tensor]:
+    """The sum of |error|**norm of each row (r, n) as a function of its scale (r,).
 
-
-def _plain_loss(rows: Tensor, grid: Grid, norm: float) -> Callable[[Tensor], Tensor]:
-    """The sum of |error|**norm of each row (r, n) as a function of its scale (r,)."""
-
-    def loss(scale: Tensor) -> Tensor:
-        return _power(round_to_grid(rows / scale[:, None], grid).mul_(scale[:, None]).sub_(rows), norm).sum(-1)
-
-    return loss
-
-
-def _shifted_loss(rows: Tensor, grid: Grid, max_shift: int, subgroup: int, norm: float) -> Callable[[Tensor], Tensor]:
-    """The same where subgroups have shifts: only the errors are computed, not the rounded values (`round_with_shifts`)."""
+    Only the errors are computed, not the rounded values (`round_with_shifts`). Every operation is one of float32 and every sum in
+    a fixed order, in subgroups first: the C++ engine (csrc/weights.h) finds the same bits.
+    """
     groups = F.pad(rows, (0, -rows.shape[-1] % subgroup)).reshape(-1, subgroup)
     columns, largest = _columns(groups)
     width = -(-rows.shape[-1] // subgroup)
 
-    def errors(columns: Tensor, step: Tensor) -> Tensor:
-        units = columns / step
-        return _sum_columns(_power(round_to_grid(units, grid).sub_(units).mul_(step), norm))
+    def errors(units: Tensor, step: Tensor) -> Tensor:
+        found = round_to_grid(units, grid).sub_(units).mul_(step)
+        return _sum_columns(found.square_() if norm == 2 else found.abs_().pow_(norm))
 
     def loss(scale: Tensor) -> Tensor:
         each = scale[:, None].expand(-1, width).reshape(-1)
+        if not max_shift:
+            return _sum_columns(errors(columns / each, each).view(len(rows), width).t())
         peak = largest / each
         shift = _flag(peak, grid, max_shift)
-        found = errors(columns, each * _power_of_two(shift))
-        full = _saturated(peak, shift, grid, max_shift)
+        step = each * _power_of_two(shift)
+        units = columns / step
+        found, full = errors(units, step), _saturated(peak, shift, grid, max_shift)
         if len(full):
-            found[full] = torch.minimum(found[full], errors(columns[:, full], each[full] * _power_of_two(shift[full] + 1)))
+            found[full] = torch.minimum(found[full], errors(units[:, full] * 0.5, step[full] * 2))
         return _sum_columns(found.view(len(rows), width).t())
 
     return loss

@@ -32,3 +32,16 @@ def forward(
     y: Sequence[int],
     threads: int,
 ) -> None: ...
+def search_scales(
+    weights: Sequence[int], grid: str, max_shift: int, subgroup: int, factors: Tensor, scales: Tensor, threads: int
+) -> None: ...
+def round_weights(
+    weights: Sequence[int],
+    grid: str,
+    max_shift: int,
+    subgroup: int,
+    scales: Tensor,
+    codes: Tensor,
+    shifts: Tensor | None,
+    threads: int,
+) -> tuple[float, float]: ...

@@ -12,6 +12,7 @@ here; sizes are compared in the bindings. Threads: as many as `torch.get_num_thr
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -145,6 +146,40 @@ torch.library.register_fake("halfbyte::pack", _pack_output, lib=LIBRARY)
 def unpack(tiles: Tensor, codes: Tensor, shifts: Tensor | None) -> None:
     """The inverse of `pack`, into tensors of the right sizes."""
     _engine.unpack(tiles.cpu(), codes, shifts)
+
+
+def search_scales(matrix: Tensor, grid: str, max_shift: int, subgroup: int, factors: Sequence[float]) -> Tensor:
+    """`quantizers.search_scale` of contiguous rows (O, K), norm 2, among the given factors of the absmax scale: float32 (O, 1)."""
+    scale = torch.empty(len(matrix), 1, dtype=torch.float32)
+    given = torch.tensor(factors, dtype=torch.float32)
+    _engine.search_scales(_rows(matrix), grid, max_shift, subgroup, given, scale.view(-1), torch.get_num_threads())
+    return scale
+
+
+def round_weights(
+    matrix: Tensor, grid: str, max_shift: int, subgroup: int, scale: Tensor, codes: Tensor, shifts: Tensor | None
+) -> tuple[float, float]:
+    """`quantizers.quantize_weight` of contiguous finite rows (O, K) into tensors of the right sizes, as they are stored.
+
+    Returns:
+        The sums of squares of the weights and of what rounding changed.
+    """
+    stored = scale.view(-1), codes, shifts
+    return _engine.round_weights(_rows(matrix), grid, max_shift, subgroup, *stored, torch.get_num_threads())
+
+
+def _rows(matrix: Tensor) -> tuple[int, int, int, int]:
+    return matrix.data_ptr(), DTYPES[matrix.dtype], *matrix.shape
+
+
+@cache
+def knows(grid: str) -> bool:
+    """Whether the engine has a grid's table."""
+    try:
+        _engine.grid_code(grid)
+    except ValueError:
+        return False
+    return True
 
 
 def grid_code(name: str) -> int:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from halfbyte.layers import TRANSPOSED, check_finite, weight_to_matrix
 from halfbyte.metrics import SignalToNoise
-from halfbyte.quantizers import quantize_weight, weight_scale
-from halfbyte.runtime.layers import packed_tensors
+from halfbyte.runtime.weights import pack_rows
 from halfbyte.streaming.plan import Part, row_bytes
 from halfbyte.streaming.shards import Shards
 from halfbyte.streaming.source import bytes_of
@@ -114,13 +113,11 @@ def make(part: Part, raw: Tensor) -> Made:
         if part.checked and part.source.dtype.is_floating_point:
             check_finite(part.name, raw.view(part.source.dtype).float())
         return Made([Piece(part.name, part.first, bytes_of(raw))])
-    check_finite(f"{part.name}.weight", raw)
-    spec, matrix = part.layer.spec.weight, weight_to_matrix(part.layer, raw.float())
-    weight, quality = quantize_weight(matrix, weight_scale(matrix, spec), spec), SignalToNoise()
-    quality.add(matrix, weight.dequantize())
+    matrix = weight_to_matrix(part.layer, raw)
+    tensors, quality = pack_rows(matrix, part.layer.spec.weight, f"{part.name}.weight")
     rows = row_bytes(part.layer)
-    tensors = packed_tensors(weight).items()
-    return Made([Piece(f"{part.name}.{name}", part.first * rows[name], bytes_of(tensor)) for name, tensor in tensors], quality)
+    pieces = [Piece(f"{part.name}.{name}", part.first * rows[name], bytes_of(tensor)) for name, tensor in tensors.items()]
+    return Made(pieces, quality)
 
 
 def checksum(contents: Any) -> int:

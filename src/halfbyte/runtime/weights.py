@@ -1,0 +1,65 @@
+"""Weights to what is stored of them: by the C++ engine where it takes them, else by the plain torch of quantizers.py.
+
+Both give the same bits, on every instruction set, so a checkpoint does not depend on the machine that made it.
+"""
+
+import torch
+from torch import Tensor
+
+from halfbyte import quantizers
+from halfbyte.formats import get_grid
+from halfbyte.layers import check_finite
+from halfbyte.metrics import SignalToNoise
+from halfbyte.quantizers import quantize_weight, search_factors
+from halfbyte.recipe import WeightSpec
+from halfbyte.runtime import engine
+from halfbyte.runtime.backends import backend
+from halfbyte.runtime.layers import packed_tensors
+
+
+def takes(matrix: Tensor, spec: WeightSpec) -> bool:
+    """Whether the engine rounds a weight matrix: on the CPU, one scale a row, squared errors, a grid that can be packed."""
+    if matrix.device.type != "cpu" or backend().name != "cpu":
+        return False
+    fits = matrix.dtype in engine.DTYPES and matrix.numel() > 0 and not spec.group
+    return fits and (spec.norm == 2 or spec.scale == "absmax") and engine.knows(get_grid(spec.grid).name)
+
+
+def weight_scale(matrix: Tensor, spec: WeightSpec) -> Tensor:
+    """`quantizers.weight_scale` of a matrix (O, K) of any float dtype, which is not copied to float32 where the engine runs."""
+    if not takes(matrix, spec):
+        return quantizers.weight_scale(matrix.float(), spec)
+    factors = search_factors(spec.max_shift) if spec.scale == "search" else [1.0]
+    return engine.search_scales(matrix.contiguous(), get_grid(spec.grid).name, spec.max_shift, spec.subgroup, factors)
+
+
+def pack_rows(matrix: Tensor, spec: WeightSpec, name: str) -> tuple[dict[str, Tensor], SignalToNoise]:
+    """Scales, codes and shifts of a weight as they are stored, and how much rounding changed. Rows can be made apart.
+
+    Args:
+        matrix: any float dtype (O, K).
+        name: of the weight, for the error.
+    Returns:
+        The tensors of `packed_tensors`; the energies of the weight and of the error.
+    Raises:
+        NonFiniteError: when it holds a NaN or an infinity.
+    """
+    matrix = matrix.contiguous()
+    scale, quality = weight_scale(matrix, spec), SignalToNoise()
+    if not scale.isfinite().all():  # that of a row with such a value is NaN; looking at every weight would take as long as rounding
+        check_finite(name, matrix)
+    if not takes(matrix, spec):
+        exact = matrix.float()
+        weight = quantize_weight(exact, scale, spec)
+        quality.add(exact, weight.dequantize())
+        return packed_tensors(weight), quality
+    grid, (rows, count) = get_grid(spec.grid), matrix.shape
+    made = {"weight_codes": _bytes(rows, (count + 1) // 2 if grid.bits == 4 else count), "weight_scale": scale}
+    if spec.max_shift:
+        made["weight_shift"] = _bytes(rows, (-(-count // spec.subgroup) + 1) // 2)
+    stored = scale, made["weight_codes"], made.get("weight_shift")
+    return made, SignalToNoise(*engine.round_weights(matrix, grid.name, spec.max_shift, spec.subgroup, *stored))
+
+
+def _bytes(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8)
