@@ -12,8 +12,9 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
-#include "halfbyte.h"
+#include "floats.h"
 
 namespace nb = nanobind;
 namespace hb = halfbyte;
@@ -120,9 +121,19 @@ hb::InputFormat input_format(const FormatArguments& given, std::optional<std::ar
   return format;
 }
 
-// addresses of uint8 (bytes,), float32 (outputs,) and float32 (outputs,) or 0
+// A vector of any dtype in float32: itself, or a copy in `wide`.
+const float* in_float32(const std::array<int64_t, 2>& given, int64_t count, std::vector<float>& wide) {
+  const auto* values = reinterpret_cast<const void*>(given[0]);
+  const hb::Dtype dtype = dtype_of(static_cast<int>(given[1]));
+  if (!values || dtype == hb::Dtype::float32) return static_cast<const float*>(values);
+  wide.resize(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; i++) wide[static_cast<size_t>(i)] = hb::load(values, dtype, i);
+  return wide.data();
+}
+
+// addresses of uint8 (bytes,), float32 (outputs,) and, with its dtype code, the bias (outputs,) or 0
 void forward(const InputArguments& x, const FormatArguments& given, const std::optional<std::array<double, 2>>& fixed, size_t packed,
-             size_t bytes, size_t weight_scale, size_t bias, const OutputArguments& y, int threads) {
+             size_t bytes, size_t weight_scale, const std::array<int64_t, 2>& bias, const OutputArguments& y, int threads) {
   const auto* weights = reinterpret_cast<const uint8_t*>(packed);
   const hb::Input input = input_of(x);
   const hb::InputFormat format = input_format(given, fixed);
@@ -133,8 +144,9 @@ void forward(const InputArguments& x, const FormatArguments& given, const std::o
   require(input.channels == layer.inputs, sentence("the layer takes ", layer.inputs, " channels; the input has ", input.channels));
   require(output.pixel_stride >= layer.outputs, "the output is narrower than the layer");
   nb::gil_scoped_release unlocked;
+  std::vector<float> wide;
   hb::forward({hb::default_isa(), threads, hb::parallel_for}, input, format, weights, reinterpret_cast<const float*>(weight_scale),
-              reinterpret_cast<const float*>(bias), output);
+              in_float32(bias, layer.outputs, wide), output);
 }
 
 // data, dtype, rows, values of a row; rows lie one after another.

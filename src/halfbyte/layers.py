@@ -117,6 +117,7 @@ class QuantizedLayer:
     activation_zero: Tensor | None  # integers (T,), where the input's grid is unsigned
     weight_choice: Tensor | None  # uint8 (T,): which set of weights serves a timestep, where there are several
     timestep: TimestepState | None = None
+    _buffers: dict[str, Tensor | None]  # read directly on the way of every call: as an attribute a buffer costs a microsecond
 
     def fixed_scale(self, x: Tensor | None = None) -> FixedScale | None:
         """The calibrated scale at this timestep; None where scales are dynamic.
@@ -126,7 +127,7 @@ class QuantizedLayer:
         Raises:
             CalibrationError: when the scale should be calibrated and is not; as `entry` does.
         """
-        scale, zero = self.activation_scale, self.activation_zero
+        scale, zero = self._buffers["activation_scale"], self._buffers["activation_zero"]
         if scale is None:
             if self.spec.activation is not None and self.spec.activation.scale != "dynamic":
                 raise CalibrationError(
@@ -152,7 +153,8 @@ class QuantizedLayer:
 
     def chosen_set(self) -> int:
         """Which set of weights serves this timestep."""
-        return 0 if self.weight_choice is None else int(self.weight_choice[self._row(self.weight_choice)])
+        choice = self._buffers["weight_choice"]
+        return 0 if choice is None else int(choice[self._row(choice)])
 
     def _row(self, table: Tensor) -> int:
         if len(table) == 1:

@@ -13,6 +13,7 @@ from halfbyte.recipe import INT8, PRESETS, ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.runtime import cpu, engine
 from halfbyte.runtime.layers import PACKED, pack_layer
 from halfbyte.runtime.ops import quantized_forward
+from halfbyte.runtime.tiled import Tiled
 
 pytestmark = [
     pytest.mark.skipif(engine.MISSING is not None, reason=f"the C++ engine cannot run: {engine.MISSING}"),
@@ -125,6 +126,29 @@ def test_calibrated_scales_equal_the_reference(name, scale):
         found, expected = packed(x), reference(packed, x)
         assert torch.equal(found.isnan(), expected.isnan())
         assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("name", ["linear", "conv 3x3"])
+def test_a_bias_of_any_dtype_wherever_it_lies(name, dtype):
+    packed, (x, *_) = make(name)
+    bias = torch.randn(2 * len(packed.bias)).to(dtype)
+    for own in (bias[::2], bias[1 : len(packed.bias) + 1].clone()):
+        packed.bias = nn.Parameter(own, requires_grad=False)
+        assert torch.equal(packed(x), reference(packed, x))
+
+
+@pytest.mark.parametrize("name", ["linear", "conv 3x3"])
+def test_a_call_looks_no_tensor_up_as_an_attribute(name, monkeypatch):
+    """Each would cost a microsecond, several of them as much as a small layer takes."""
+    packed, (x, *_) = make(name)
+    packed(x)
+    looked_up, look = [], Tiled.__getattr__
+    monkeypatch.setattr(Tiled, "__getattr__", lambda layer, asked: (looked_up.append(asked), look(layer, asked))[1])
+    packed(x)
+    assert looked_up == []
+    assert packed.bias is not None
+    assert looked_up == ["bias"]
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, torch.inf, torch.nan])

@@ -28,7 +28,7 @@ def forward(
     packed: int,
     bytes: int,
     weight_scale: int,
-    bias: int,
+    bias: tuple[int, int],
     y: Sequence[int],
     threads: int,
 ) -> None: ...

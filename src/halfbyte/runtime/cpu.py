@@ -95,10 +95,10 @@ def forward(layer: Any, plan: Plan, x: Tensor, chosen: int = 0, fixed: FixedScal
     plan.check(layer, x)
     tiles = layer.tiles() if layer.spec.weight.sets == 1 else layer.tiles()[chosen]
     calibrated = (None, None) if fixed is None else (fixed.scale, fixed.zero)
-    weights = tiles, layer.weight_scale, layer.bias, plan.format, *calibrated
+    weights = tiles, layer._buffers["weight_scale"], layer._parameters.get("bias"), plan.format, *calibrated
     if isinstance(layer, nn.Linear):
-        return torch.ops.halfbyte.linear(x, *weights)  # type: ignore[no-any-return]
-    return plan.over_images(layer, x, lambda images, last: torch.ops.halfbyte.conv2d(images, plan.sizes, last, *weights))
+        return engine.linear(x, *weights)  # type: ignore[no-any-return]
+    return plan.over_images(layer, x, lambda images, last: engine.conv2d(images, plan.sizes, last, *weights))
 
 
 def takes(x: Tensor) -> bool:

@@ -43,7 +43,7 @@ LIBRARY.define(f"conv2d(Tensor x, int[] sizes, bool channels_last, {_WEIGHTS}, {
 def _linear(x: Tensor, *weights: Any) -> Tensor:
     y = _linear_output(x, *weights)
     if y.numel():
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         count, channels = rows.shape
         _call(rows, (count, 1, 1, channels, *[rows.stride(0)] * 3), y, *weights)
@@ -89,7 +89,7 @@ def _call(
     outputs = weight_scale.shape[0]
     if weight_scale.dtype != torch.float32 or not weight_scale.is_contiguous() or weight_scale.numel() != outputs:
         raise PackedError(f"weight scales must be float32 ({outputs}, 1); got {weight_scale.dtype} {tuple(weight_scale.shape)}")
-    if bias is not None:
+    if bias is not None and (bias.dtype not in DTYPES or not bias.is_contiguous()):
         bias = bias.to(torch.float32).contiguous()
     fixed = None if scale is None else (scale.item(), 0 if zero is None else zero.item())
     try:
@@ -100,7 +100,7 @@ def _call(
             tiles.data_ptr(),
             tiles.numel(),
             weight_scale.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
+            (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype]),
             (y.data_ptr(), DTYPES[y.dtype], outputs),
             torch.get_num_threads(),
         )
@@ -112,6 +112,7 @@ LIBRARY.impl("linear", _linear, "CPU")
 LIBRARY.impl("conv2d", _conv2d, "CPU")
 torch.library.register_fake("halfbyte::linear", _linear_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::conv2d", _conv2d_output, lib=LIBRARY)
+linear, conv2d = torch.ops.halfbyte.linear.default, torch.ops.halfbyte.conv2d.default
 
 
 def pack(codes: Tensor, shifts: Tensor | None, sizes: Sequence[int], grid: str, max_shift: int, subgroup: int) -> Tensor:

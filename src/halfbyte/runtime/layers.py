@@ -149,19 +149,24 @@ class Packed(Tiled, QuantizedLayer):
         return decode_weight(codes, shift, spec)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._infer(x)
+        with torch.no_grad():
+            y = self._infer(x)
+        return _NoBackward.apply(x, y) if x.requires_grad else y
+
+    def _infer(self, x: Tensor) -> Tensor:
         layer: Any = self
         plan = engine_plan(layer, x)
-        with torch.no_grad():
-            scaled = x if self.input_scale is None else scale_input(layer, x, self.input_scale)
-            chosen, fixed = self.chosen_set(), self.fixed_scale(scaled)
-            if plan is None or (fixed is not None and fixed.scale.ndim):  # the engine takes one scale for all rows
-                activation = self.spec.activation
-                y = quantized_forward(self, scaled, self.levels(chosen), self.weight_scale, self.bias, activation, fixed)
-            elif isinstance(plan, gpu.Plan):
-                y = gpu.forward(layer, plan, scaled, chosen, fixed)
-            else:
-                y = cpu.forward(layer, plan, scaled, chosen, fixed)
-        return _NoBackward.apply(x, y) if torch.is_grad_enabled() and x.requires_grad else y
+        factors = self._buffers["input_scale"]
+        scaled = x if factors is None else scale_input(layer, x, factors)
+        chosen, fixed = self.chosen_set(), self.fixed_scale(scaled)
+        if plan is None or (fixed is not None and fixed.scale.ndim):  # the engine takes one scale for all rows
+            activation = self.spec.activation
+            return quantized_forward(self, scaled, self.levels(chosen), self.weight_scale, self.bias, activation, fixed)
+        if isinstance(plan, gpu.Plan):
+            return gpu.forward(layer, plan, scaled, chosen, fixed)
+        return cpu.forward(layer, plan, scaled, chosen, fixed)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec.describe()}"  # type: ignore[misc]
