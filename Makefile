@@ -7,6 +7,8 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
+# A process a core; threads of their own would get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
 
 # PyPI's torch for Linux is a CUDA build of several gigabytes. A machine without an NVIDIA GPU takes the CPU build of the same
 # release instead. Where that index does not answer (a mirror, an offline wheel folder), pip's own configuration decides.
@@ -25,10 +27,10 @@ demo: $(STAMP)  ## quantize the embedded model with every method; a table, and a
 	$(BIN)/halfbyte demo
 
 test: $(STAMP)  ## the quick tests
-	$(BIN)/pytest $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
 
 test-all: $(STAMP)  ## the slow tests too
-	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
+	$(PYTEST) -m "slow or not slow" $(PYTEST_FLAGS)
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
