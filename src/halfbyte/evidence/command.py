@@ -77,6 +77,7 @@ def evaluate_folder(model: Path, against: Path, output: Path, options: EvalOptio
             evaluation.add_reference(options.reference, options.image_size)
         rows = [evaluation.float_run()]
         rows.append(evaluation.run(options.name or recipe.name, pipe, work / "quantized", recipe, layers))
+        session.wait()  # all have read the pictures that the first process removes below
         if not session.main:
             return None
         results = results_of(against.name, "", evaluation, rows)
