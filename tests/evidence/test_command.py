@@ -161,10 +161,10 @@ def test_killed_at_random_moments_an_evaluation_ends_with_the_same_figures(folde
     assert ask("wait") == 0
     chance, files = random.Random(0), [0]
     for _ in range(KILLS):
-        number, goal, deadline = ask("broken"), files[-1] + chance.randint(1, 5), time.monotonic() + 30
+        number, goal, deadline = ask("broken"), files[-1] + chance.randint(1, 4), time.monotonic() + 30
         while count_files(folders / f"broken.json{WORK_SUFFIX}") < goal and time.monotonic() < deadline:
             time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.05))
+        time.sleep(chance.uniform(0, 0.01))
         os.kill(number, signal.SIGKILL)
         assert ask("wait") == signal.SIGKILL
         files.append(count_files(folders / f"broken.json{WORK_SUFFIX}"))
