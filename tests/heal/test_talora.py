@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from halfbyte.heal.distill import distill
 from halfbyte.heal.routing import LoRASettings, Routing, by_choice
 from halfbyte.heal.settings import Settings
 from halfbyte.heal.states import PoolSettings, StatePool
-from halfbyte.heal.talora import TALoRA
+from halfbyte.heal.talora import ROUTING, TALoRA, last_of_runs
 from halfbyte.layers import FAKE_QUANT, FakeQuant, apply_layer
 from halfbyte.metrics import sqnr
 from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec
@@ -190,6 +191,67 @@ def choose(routing):
     routing.outer.bias.data = torch.randn(routing.outer.bias.shape, generator=draw)
 
 
+STATIC = FP4.replace(inner=LayerSpec(WeightSpec("e2m1"), ActivationSpec("ue2m2", zero_point=True, scale="static")))
+TIMED = FP4.replace(inner=LayerSpec(WeightSpec("e2m1"), ActivationSpec("e2m1", scale="timestep")))
+
+
+@pytest.mark.parametrize("recipe", [STATIC, TIMED])
+@pytest.mark.parametrize("loras", [1, 3])
+def test_learned_scales_and_biases_are_melted_too(pipe, recipe, loras):
+    student = copy.copy(pipe)
+    student.register_modules(unet=copy.deepcopy(pipe.unet))
+    hb.quantize(student, recipe, calibration=2, steps=4, simulate=True)
+    unet, name = student.unet, "mid_block.resnets.0.conv1"
+    before = copy.deepcopy(unet.get_submodule(name))
+    times = list(before.timestep.calibrated) if recipe is TIMED else TIMES
+    method = TALoRA(unet, times, LoRASettings(loras=loras, rank=4))
+    if loras > 1:
+        choose(method.routing)
+    distill(unet, pipe, method, Settings(steps=4, batch=8, sampler_steps=4, learning_rate=0.05, warmup=1, reuse=4.0))
+    layer, row = method.layers[name], method.routing.table()[method.layers[name].number]
+    assert layer.log_scale.abs().max() > 1e-3
+    assert not torch.equal(layer.bias, before.bias)
+    sample, steps = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 250, 500, 990])
+    with torch.no_grad():
+        trained = [unet(sample, time).sample for time in steps]
+    method.melt()
+    healed = unet.get_submodule(name)
+    with torch.no_grad():
+        assert all(torch.equal(unet(sample, time).sample, one) for time, one in zip(steps, trained, strict=True))
+    assert torch.equal(healed.bias, layer.bias)
+    for time in (0, 333, 999):
+        for one in (healed, before):
+            if one.timestep is not None:
+                one.timestep.set(time)
+        hub = int(row[np.searchsorted(times, time).clip(max=len(times) - 1)])
+        assert torch.equal(healed.fixed_scale().scale, before.fixed_scale().scale * layer.log_scale.detach()[hub].exp())
+    packed = hb.pack(copy.deepcopy(unet))
+    with torch.no_grad():
+        assert all(sqnr(one, packed(sample, time).sample) > 25 for time, one in zip(steps, trained, strict=True))
+
+
+def test_scales_and_biases_stay_where_they_are_not_to_be_learned(pipe):
+    student = copy.copy(pipe)
+    student.register_modules(unet=copy.deepcopy(pipe.unet))
+    hb.quantize(student, STATIC, calibration=2, steps=2, simulate=True)
+    method = TALoRA(student.unet, TIMES, LoRASettings(scale_rate=0, biases=False))
+    assert {name.rpartition(".")[2] for name in method.trained()} == {"lora_a", "lora_b", "weight", "bias"}  # the last two: router
+    assert all(name.startswith(ROUTING) for name in method.trained() if name.endswith(("weight", "bias")))
+
+
+def test_tables_have_an_entry_for_each_run_of_equal_choices(build):
+    table = torch.tensor([[0, 0, 1, 1, 1, 0], [2, 2, 2, 2, 0, 0]])
+    assert last_of_runs(table).tolist() == [1, 3, 4, 5]
+    assert last_of_runs(torch.zeros(3, 7)).tolist() == [6]
+    model = build("UNet2DModel")
+    method = healing(model, loras=2)
+    choices = method.melt()
+    layer = model.mid_block.resnets[0].conv1
+    assert layer.timestep.calibrated == (499.0, 999.0)
+    assert layer.weight_choice.tolist() == [0, 1]
+    assert all(len(choice) == 1000 for choice in choices.values())
+
+
 @pytest.mark.parametrize("loras", [1, 2, 4])
 def test_melted_weights_are_the_trained_students_codes(build, call, loras):
     model = build("UNet2DModel")
@@ -283,6 +345,7 @@ def test_refusals(build):
     for options, words in [
         ({"loras": 0}, "loras must be 1"),
         ({"rank": -1}, "rank must"),
+        ({"scale_rate": -1}, "scale_rate must be >= 0"),
         ({"routing": "x"}, "'router' or 'split'"),
     ]:
         with pytest.raises(HealError, match=words):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import CalibrationError, HealError
+from halfbyte.heal.scales import SCALE_RATE
 from halfbyte.timestep import timestep_argument
 
 FEATURES = 64  # of a timestep, as the router sees it
@@ -29,6 +30,8 @@ class LoRASettings:
     hidden: int = 64  # width of the router
     router_every: int = 4  # optimizer steps between two of the router
     router_rate: float = 0.3  # its learning rate, over that of the LoRAs
+    scale_rate: float = SCALE_RATE  # relative change of an input's scale where a weight moves by one step; 0: as calibrated
+    biases: bool = True  # learn the layers' biases too
 
     def __post_init__(self) -> None:
         if self.routing not in ("router", "split"):
@@ -36,6 +39,8 @@ class LoRASettings:
         for name in ("loras", "rank", "hidden", "router_every", "router_rate"):
             if not 0 < getattr(self, name) <= 4096:
                 raise HealError(f"{name} must be 1 to 4096, got {getattr(self, name)!r}")
+        if not 0 <= self.scale_rate < math.inf:
+            raise HealError(f"scale_rate must be >= 0, got {self.scale_rate!r}")
         if self.loras > 255:
             raise HealError(f"loras must be 1 to 255, got {self.loras}")
 

@@ -23,10 +23,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from halfbyte.errors import HealError
 from halfbyte.heal.method import Method, mean_square
+from halfbyte.heal.scales import SCALE_RATE, learned_input, weight_step
 from halfbyte.heal.states import Batch, prediction
 from halfbyte.heal.talora import replace
-from halfbyte.layers import FAKE_QUANT, FakeQuant, apply_layer, input_to_rows, rows_to_input, scale_input, weight_to_matrix
-from halfbyte.quantizers import round_learned, straight_through
+from halfbyte.layers import FAKE_QUANT, FakeQuant, apply_layer
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LossWeights:
 
     local_weight: float = 1.0
     global_weight: float = 2.0
-    scale_rate: float = 0.25  # relative change of a scale where a weight moves by one quantization step; 0: they stay as calibrated
+    scale_rate: float = SCALE_RATE  # relative change of a scale where a weight moves by one step; 0: they stay as calibrated
 
     def __post_init__(self) -> None:
         for name in ("local_weight", "global_weight", "scale_rate"):
@@ -88,30 +88,13 @@ class SelectiveLayer(FakeQuant):
         assert self.activation_scale is not None
         return self.activation_scale * self.log_scale.exp()  # type: ignore[no-any-return]
 
-    def step(self) -> float:
-        """How far apart the values are that a weight can take, averaged over the layer."""
-        matrix = weight_to_matrix(self, self.weight.detach().float())  # type: ignore[arg-type]
-        noise = (self.quantized_weight().dequantize() - matrix).square().mean(1)
-        return float(torch.where(noise > 0, (12 * noise).sqrt(), self.weight_scale.amax(1)).mean())
-
     def rounded_weight(self, weight: Tensor) -> Tensor:
         return super().rounded_weight(weight) if self.held is None else self.held
 
     def rounded_input(self, x: Tensor) -> Tensor:
         if self.log_scale is None:
             return super().rounded_input(x)
-        layer: Any = self
-        x = x if self.input_scale is None else scale_input(layer, x, self.input_scale)
-        rows = input_to_rows(layer, x)
-        with torch.autocast(x.device.type, enabled=False):
-            scale = self.learned_scale()
-            count = x.numel() // len(x) * self.spec.activation.top  # type: ignore[union-attr]
-            scale = straight_through(scale / math.sqrt(count), scale)  # LSQ's factor of the gradient (section 2.2)
-        entry = self.entry(scale, x)
-        zero = torch.zeros_like(scale) if self.activation_zero is None else self.activation_zero
-        own = (table[entry].expand(len(rows)) for table in (scale, zero))
-        rounded = round_learned(rows, *own, self.spec.activation)  # type: ignore[call-arg, arg-type]
-        return rows_to_input(layer, rounded, x.shape).to(x.dtype)
+        return learned_input(self, x, self.log_scale[self.entry(self.log_scale, x)])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.held is None:
@@ -182,7 +165,8 @@ class Selective(Method):
         rates: dict[str, float] = {}
         for name in self.stage.weights:
             layer = self.layers[name]
-            rates |= {f"{name}.{part}": layer.step() for part in ("weight", "bias") if getattr(layer, part) is not None}
+            step = float(weight_step(layer).mean())
+            rates |= {f"{name}.{part}": step for part in ("weight", "bias") if getattr(layer, part) is not None}
         rates |= {
             f"{name}.log_scale": self.settings.scale_rate for name in self.stage.scales if self.layers[name].log_scale is not None
         }

@@ -6,6 +6,9 @@ The sum is rounded, so after training each chosen correction melts into the 4-bi
 as many weight sets as were ever chosen. The router is one small network for the whole model, from features of the timestep to a
 softmax over H for every layer; its choice is hard, and its gradient that of the softmax (straight-through).
 
+Each LoRA of a hub has input scales of its own, learned with it, as has each layer a bias; they cost nothing at run time either. The
+paper learns the LoRAs alone (`scale_rate=0, biases=False`).
+
 The paper's hub size, rank and router are not public. Decided here:
 
 - Corrections are measured in quantization steps: B_h A_h is multiplied by each output channel's own step (from the error its
@@ -27,8 +30,10 @@ from halfbyte.errors import HealError
 from halfbyte.formats import get_grid
 from halfbyte.heal.method import Method, mean_square
 from halfbyte.heal.routing import LoRASettings, Routing, by_choice
+from halfbyte.heal.scales import learned_input, weight_step
 from halfbyte.heal.states import Batch, prediction
-from halfbyte.layers import FAKE_QUANT, FakeQuant, apply_layer, follow_timesteps, matrix_to_weight, weight_to_matrix
+from halfbyte.layers import FAKE_QUANT, FakeQuant, apply_layer, follow_timesteps, input_to_rows, matrix_to_weight, weight_to_matrix
+from halfbyte.quantizers import FixedScale
 
 ROUTING = "talora_routing"  # the name of the router among the student's modules
 
@@ -41,6 +46,7 @@ class LoRALayer(FakeQuant):
 
     lora_a: nn.Parameter  # float32 (H, r, K)
     lora_b: nn.Parameter  # float32 (H, O, r)
+    log_scale: Any  # nn.Parameter float32 (H,): log of the input's scale over the calibrated one; None where it is not learned
     unit: Tensor  # float32 (O, 1): what a product B A of 1 adds to a weight
     number: int  # of this layer in the router's output
 
@@ -55,9 +61,12 @@ class LoRALayer(FakeQuant):
         for hub in made.lora_a:
             nn.init.kaiming_uniform_(hub.data, a=math.sqrt(5))
         made.lora_b = nn.Parameter(matrix.new_zeros(settings.loras, rows, rank))
-        noise = (made.quantized_weight().dequantize() - matrix).square().mean(1, keepdim=True)
-        step = torch.where(noise > 0, (12 * noise).sqrt(), made.weight_scale.amax(1, keepdim=True))
-        made.register_buffer("unit", step * math.sqrt(3 * count / rank), persistent=False)  # A has variance 1 / (3 K)
+        made.register_buffer("unit", weight_step(made) * math.sqrt(3 * count / rank), persistent=False)  # A has variance 1 / (3 K)
+        made.register_parameter("log_scale", None)
+        if settings.scale_rate and layer.activation_scale is not None:
+            made.log_scale = nn.Parameter(torch.zeros(settings.loras, device=matrix.device))
+        if settings.biases and layer.bias is not None:
+            made.bias = nn.Parameter(layer.bias.detach().clone())
         made.number = number
         object.__setattr__(made, "routing", routing)  # not a child: the student holds it once
         return made
@@ -70,6 +79,20 @@ class LoRALayer(FakeQuant):
     def healed_weight(self, hub: int) -> Tensor:
         """W + B_h A_h, not rounded."""
         return self.weight + self.correction(hub)  # type: ignore[no-any-return]
+
+    def rounded_input(self, x: Tensor) -> Tensor:
+        if self.log_scale is None:
+            return super().rounded_input(x)
+        chosen, _ = self.routing.of(self.number, len(x))  # type: ignore[attr-defined]
+        rows = len(input_to_rows(self, x))  # type: ignore[arg-type]
+        return learned_input(self, x, self.log_scale[chosen.repeat_interleave(rows // len(chosen))])
+
+    def learned_scale(self, choice: Tensor) -> FixedScale:
+        """Scales and zero points of the input where a table over time has the given choices (T,)."""
+        assert self.activation_scale is not None
+        scale = self.activation_scale * self.log_scale[choice].exp()
+        zero = torch.zeros_like(scale) if self.activation_zero is None else self.activation_zero.expand(len(scale))
+        return FixedScale(scale, zero)
 
     def forward(self, x: Tensor) -> Tensor:
         routing: Routing = self.routing  # type: ignore[attr-defined]
@@ -148,6 +171,10 @@ class TALoRA(Method):
         for name, layer in self.layers.items():
             rates[f"{name}.lora_a"] = 1 / math.sqrt(layer.lora_a.shape[-1])  # as large as its entries are
             rates[f"{name}.lora_b"] = 1.0
+            if layer.log_scale is not None:
+                rates[f"{name}.log_scale"] = self.settings.scale_rate
+            if self.settings.biases and layer.bias is not None:
+                rates[f"{name}.bias"] = float(weight_step(layer).mean())
         if self.routing.learns:
             rates |= {f"{ROUTING}.{name}": self.settings.router_rate for name, _ in self.routing.named_parameters()}
         return rates
@@ -175,24 +202,46 @@ class TALoRA(Method):
 
     @torch.no_grad()
     def melt(self) -> dict[str, Tensor]:
-        """Replace the hubs by the weights they lead to, those that any timestep chooses.
+        """Replace the hubs by what they lead to: the weights and input scales that any timestep chooses, and the biases.
 
         Returns:
             By layer: the choice at every timestep, uint8 (T,), numbered within the layer's own weight sets.
         """
+        table = self.routing.table()
+        timed = any(layer.spec.over_time for layer in self.student.modules() if isinstance(layer, FakeQuant))
+        entries = torch.arange(table.shape[1]) if timed else last_of_runs(table)
         choices = {}
-        for row, (name, layer) in zip(self.routing.table(), self.layers.items(), strict=True):
-            used, choice = row.unique(return_inverse=True)
-            weights = [layer.healed_weight(hub).detach() for hub in used.tolist()]
-            if len(weights) == 1:
-                self.before[name].weight = nn.Parameter(weights[0], requires_grad=False)
-            else:
-                self.before[name].set_weights(torch.stack(weights), choice.to(weights[0].device))
-            choices[name] = choice.to(torch.uint8)
+        for row, (name, layer) in zip(table, self.layers.items(), strict=True):
+            self._leave(self.before[name], layer, row[entries])
+            choices[name] = row.unique(return_inverse=True)[1].to(torch.uint8)
         self.remove()
-        if any(len(choice.unique()) > 1 for choice in choices.values()):
-            follow_timesteps(self.student, self.routing.timesteps.tolist())
+        if any(layer.spec.over_time for layer in self.before.values()):
+            follow_timesteps(self.student, self.routing.timesteps[entries].tolist())
         return choices
+
+    def _leave(self, before: Any, layer: Any, chosen: Tensor) -> None:
+        """Put what a layer has learned into the one it came from, for tables with the given choices, (T,)."""
+        used, choice = chosen.unique(return_inverse=True)
+        weights = [layer.healed_weight(hub).detach() for hub in used.tolist()]
+        if len(weights) == 1:
+            before.weight = nn.Parameter(weights[0], requires_grad=False)
+        else:
+            before.set_weights(torch.stack(weights), choice.to(weights[0].device))
+        if layer.bias is not None:
+            before.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+        if layer.log_scale is not None:
+            several = len(used) > 1 or before.spec.activation.scale == "timestep"
+            before.fix_scale(layer.learned_scale((chosen if several else used).long()))
+            before.spec = before.spec.replace(activation=before.spec.activation.replace(scale="timestep" if several else "static"))
+
+
+def last_of_runs(table: Tensor) -> Tensor:
+    """The last entries of the longest runs over which no layer of a table (L, T) changes its choice: all that need be stored.
+
+    Timesteps in between use the next entry above (`TimestepState.row`).
+    """
+    changes = (table[:, 1:] != table[:, :-1]).any(0)
+    return torch.cat([changes.nonzero().flatten(), torch.tensor([table.shape[1] - 1])])
 
 
 def lora_targets(student: nn.Module) -> dict[str, Any]:
