@@ -1,5 +1,5 @@
 """The ablation of MSFP's paper on the demo model: signed FP4 and one LoRA, then mixed signs, TALoRA and DFA, one after the other.
-And what halfbyte does by default beyond it: each LoRA has input scales of its own, and biases are learned.
+And what halfbyte does by default beyond it: each LoRA has input scales of its own; norms and biases are learned.
 
     python bench/healing.py                              all rows, three seeds, the same number of steps each
     python bench/healing.py --steps 1500 --seeds 0 1 -o healing.json
@@ -11,7 +11,7 @@ Runs that are in the output file already are not made again.
 
 from halfbyte.bench.ablation import Row, main
 
-ALONE = {"scale_rate": 0, "biases": False}  # the LoRAs alone, as the paper has them
+ALONE = {"scale_rate": 0, "affine": False}  # the LoRAs alone, as the paper has them
 LORA = {"method": "lora", "dfa": "off", **ALONE}
 ROWS = {
     "signed FP4, not healed": Row("msfp-signed-w4a4"),
@@ -20,7 +20,7 @@ ROWS = {
     "+ mixed signs": Row("msfp-w4a4", LORA, "9.60"),
     "+ TALoRA": Row("msfp-w4a4", {"method": "talora", "dfa": "off", **ALONE}, "8.39"),
     "+ DFA": Row("msfp-w4a4", {"method": "talora", **ALONE}, "7.69"),
-    "+ input scales and biases": Row("msfp-w4a4", {"method": "talora"}),
+    "+ input scales, norms, biases": Row("msfp-w4a4", {"method": "talora"}),
 }
 
 if __name__ == "__main__":

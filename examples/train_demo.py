@@ -193,7 +193,8 @@ class Trainer:
         self.net, self.optimizer = self.accelerator.prepare(net, optimizer)
         if not options.no_compile:
             compile_blocks(self.accelerator.unwrap_model(self.net))
-        self.scheduler = DDIMScheduler(prediction_type=options.prediction, beta_schedule="linear", clip_sample=not options.autoencoder)
+        clip = self.autoencoder is None  # latents may lie outside -1..1
+        self.scheduler = DDIMScheduler(prediction_type=options.prediction, beta_schedule="linear", clip_sample=clip)
         self.alphas = self.scheduler.alphas_cumprod.to(self.accelerator.device)
         self.clock = Clock(options.steps, options.minutes)
         self.accelerator.register_for_checkpointing(self.ema, self.clock)

@@ -31,7 +31,7 @@ class LoRASettings:
     router_every: int = 4  # optimizer steps between two of the router
     router_rate: float = 0.3  # its learning rate, over that of the LoRAs
     scale_rate: float = SCALE_RATE  # relative change of an input's scale where a weight moves by one step; 0: as calibrated
-    biases: bool = True  # learn the layers' biases too
+    affine: bool = True  # learn biases, and the gains and offsets of norms, too
 
     def __post_init__(self) -> None:
         if self.routing not in ("router", "split"):

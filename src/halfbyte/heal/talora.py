@@ -6,8 +6,8 @@ The sum is rounded, so after training each chosen correction melts into the 4-bi
 as many weight sets as were ever chosen. The router is one small network for the whole model, from features of the timestep to a
 softmax over H for every layer; its choice is hard, and its gradient that of the softmax (straight-through).
 
-Each LoRA of a hub has input scales of its own, learned with it, as has each layer a bias; they cost nothing at run time either. The
-paper learns the LoRAs alone (`scale_rate=0, biases=False`).
+Each LoRA of a hub has input scales of its own, learned with it; biases are learned, and the gains and offsets of norms, which bring
+every channel onto its grid. None of that costs anything at run time. The paper learns LoRAs only (`scale_rate=0, affine=False`).
 
 The paper's hub size, rank and router are not public. Decided here:
 
@@ -35,6 +35,7 @@ from halfbyte.heal.states import Batch, prediction
 from halfbyte.layers import FAKE_QUANT, FakeQuant, apply_layer, follow_timesteps, input_to_rows, matrix_to_weight, weight_to_matrix
 from halfbyte.quantizers import FixedScale
 
+NORM_RATE = 0.1  # relative change of a norm's gain where a weight moves by one quantization step
 ROUTING = "talora_routing"  # the name of the router among the student's modules
 
 
@@ -65,7 +66,7 @@ class LoRALayer(FakeQuant):
         made.register_parameter("log_scale", None)
         if settings.scale_rate and layer.activation_scale is not None:
             made.log_scale = nn.Parameter(torch.zeros(settings.loras, device=matrix.device))
-        if settings.biases and layer.bias is not None:
+        if settings.affine and layer.bias is not None:
             made.bias = nn.Parameter(layer.bias.detach().clone())
         made.number = number
         object.__setattr__(made, "routing", routing)  # not a child: the student holds it once
@@ -163,6 +164,8 @@ class TALoRA(Method):
                 kind = next(kind for kind in KINDS if isinstance(layer, kind))
                 self.layers[name] = KINDS[kind].wrap(layer, number, self.routing)
         replace(student, self.layers)
+        self.norms = norm_parameters(student) if settings.affine else {}
+        self.untouched = {name: student.get_parameter(name).detach().clone() for name in self.norms}
         student.add_module(ROUTING, self.routing)
         self.handle = self.routing.listen(student)
 
@@ -173,8 +176,9 @@ class TALoRA(Method):
             rates[f"{name}.lora_b"] = 1.0
             if layer.log_scale is not None:
                 rates[f"{name}.log_scale"] = self.settings.scale_rate
-            if self.settings.biases and layer.bias is not None:
+            if self.settings.affine and layer.bias is not None:
                 rates[f"{name}.bias"] = float(weight_step(layer).mean())
+        rates |= {name: NORM_RATE * size for name, size in self.norms.items()}
         if self.routing.learns:
             rates |= {f"{ROUTING}.{name}": self.settings.router_rate for name, _ in self.routing.named_parameters()}
         return rates
@@ -195,7 +199,13 @@ class TALoRA(Method):
         return losses * self.gamma.to(losses.device)[index]
 
     def remove(self) -> None:
-        """Take hubs and router out again."""
+        """Take hubs and router out again; the student is as it came."""
+        self._take_out()
+        for name, value in self.untouched.items():
+            module, _, key = name.rpartition(".")
+            setattr(self.student.get_submodule(module), key, nn.Parameter(value))
+
+    def _take_out(self) -> None:
         self.handle.remove()
         delattr(self.student, ROUTING)
         replace(self.student, self.before)
@@ -214,7 +224,7 @@ class TALoRA(Method):
         for row, (name, layer) in zip(table, self.layers.items(), strict=True):
             self._leave(self.before[name], layer, row[entries])
             choices[name] = row.unique(return_inverse=True)[1].to(torch.uint8)
-        self.remove()
+        self._take_out()
         if any(layer.spec.over_time for layer in self.before.values()):
             follow_timesteps(self.student, self.routing.timesteps[entries].tolist())
         return choices
@@ -264,6 +274,20 @@ def lora_targets(student: nn.Module) -> dict[str, Any]:
     healed = next((name for name, layer in found.items() if layer.spec.weight.sets > 1), None)
     if healed is not None:
         raise HealError(f"{healed} holds several weights already; heal the model as it was quantized, not a healed one")
+    return found
+
+
+def norm_parameters(model: nn.Module) -> dict[str, float]:
+    """Gains and offsets of the normalisations that have one for every channel, by name, with the root mean square of the gains.
+
+    Normalisations of any library are told by their class's name.
+    """
+    found: dict[str, float] = {}
+    for name, module in model.named_modules():
+        gain = module._parameters.get("weight")
+        if "Norm" in type(module).__name__ and gain is not None and gain.ndim == 1:
+            size = float(gain.detach().float().square().mean().sqrt())
+            found |= {f"{name}.{key}": size for key, value in module._parameters.items() if value is not None}
     return found
 
 
