@@ -1,0 +1,182 @@
+"""The search for recipes of our own: what grids, shifts, offsets and compensation are worth, on every trained model at hand.
+
+    python bench/recipes.py                                  all trials, on the demo and on models/*
+    python bench/recipes.py --trials w4a8 --images 512 -o trials.json
+    python bench/recipes.py --models models/fashion-dit --trials w4a4
+
+`w4a4` and `w4a8` hold what the runtime can execute exactly at no more than 4.25 bits a weight (and 4.25 or 8.25 a value of the
+inputs), and the baselines they are judged by; what the choice was, docs/log.md says. SQNR is of the prediction at the float model's
+own states; PSNR and the Frechet distance (the demo's features) are of images from the same noise, intervals from bootstrapping.
+Trials that are in the output file already are not made again.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from halfbyte.api import quantize
+from halfbyte.calibration import find_denoiser
+from halfbyte.checkpoint import read_json, write_file
+from halfbyte.demo.extractor import DemoExtractor, reference
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate import float_states, prediction_sqnr, sample_images
+from halfbyte.evidence.table import load_model
+from halfbyte.metrics import psnr
+from halfbyte.metrics.intervals import of_frechet, of_mean
+from halfbyte.recipe import PRESETS, ActivationSpec, LayerSpec, Recipe, WeightSpec
+
+MODELS = Path(__file__).parents[1] / "models"
+E2M1, LZS4 = WeightSpec("e2m1", max_shift=3), WeightSpec("lzs4", max_shift=4)
+SIGNED, SHIFTED = ActivationSpec("e2m1", max_shift=3), ActivationSpec("lzs4", max_shift=4)
+ONE_SIDED = ActivationSpec("ue1m3", max_shift=4, zero_point=True)
+
+
+def of_four_bits() -> Iterator[Recipe]:
+    """Weights and inputs of 4 bits: grids with and without shifts, signed or one-sided behind SiLU and GELU, and compensation."""
+    weights = {"e2m1<<3": E2M1, "lzs4<<4": LZS4, "e2m1<<3/32": E2M1.replace(subgroup=32), "e2m1": WeightSpec("e2m1")}
+    inputs = {"e2m1<<3": SIGNED, "lzs4<<4": SHIFTED, "e2m1<<3/32": SIGNED.replace(subgroup=32), "e2m1": ActivationSpec("e2m1")}
+    behind = {
+        "": None,
+        ", ue1m3<<4 behind SiLU": ONE_SIDED,
+        ", ue2m2<<3 behind SiLU": ActivationSpec("ue2m2", max_shift=3, zero_point=True),
+        ", ue1m3<<4/32 behind SiLU": ONE_SIDED.replace(subgroup=32),
+    }
+    for (w, weight), (x, value), (note, after) in product(weights.items(), inputs.items(), behind.items()):
+        if (w == "e2m1<<3") + (x == "e2m1<<3") + (after == ONE_SIDED) >= 2:  # one thing at a time differs from the best known
+            yield Recipe(f"{w} x {x}{note}", LayerSpec(weight, value), after_silu=after)
+    best = Recipe("e2m1<<3 x e2m1<<3, ue1m3<<4 behind SiLU", LayerSpec(E2M1, SIGNED), after_silu=ONE_SIDED)
+    yield from (best.compensated(), best.smoothed(0.25), best.smoothed(0.5))
+
+
+def of_eight_bit_inputs() -> Iterator[Recipe]:
+    """4-bit weights with 8-bit inputs."""
+    for name, weight in {
+        "e2m1<<3": E2M1,
+        "lzs4<<4": LZS4,
+        "e2m1": WeightSpec("e2m1"),
+        "e1m2<<4": WeightSpec("e1m2", max_shift=4),
+    }.items():
+        plain = Recipe(f"{name} x int8", LayerSpec(weight, ActivationSpec("int8")))
+        yield from (plain, plain.compensated())
+    sided = LayerSpec(E2M1, ActivationSpec("int8"))
+    best = Recipe("e2m1<<3 x int8, uint8 behind SiLU", sided, after_silu=ActivationSpec("uint8", zero_point=True))
+    yield from (best, best.compensated(), Recipe("e2m1<<3 x int8", sided).adarounded())
+
+
+def of_rank(rank: int) -> Recipe:
+    """SVDQuant's branch at another rank: 32 is a quarter to all of the channels of models this small, 1 % of its paper's."""
+    whole = PRESETS["svdquant-w4a4"]
+    return whole.replace(name=f"svdquant-w4a4, rank {rank}", inner=whole.inner.replace(low_rank=rank))
+
+
+TRIALS: dict[str, list[Recipe]] = {
+    "w4a4": [
+        *(
+            PRESETS[name]
+            for name in ("nvfp4-w4a4", "mxfp4-w4a4", "int4-g64-w4a4", "quartz-w4a4", "msfp-w4a4", "quest-w4a4", "qdiffusion-w4a4")
+        ),
+        *(of_rank(rank) for rank in (1, 2, 4, 32)),
+        *of_four_bits(),
+    ],
+    "w4a8": [*(PRESETS[name] for name in ("quartz-w4a8", "quest-w4a8", "qdiffusion-w4a8")), *of_eight_bit_inputs()],
+}
+
+
+class Trials:
+    """Trials on one model, from the same noise."""
+
+    def __init__(self, model: str, images: int, steps: int, calibration: int) -> None:
+        self.model, self.images, self.steps, self.calibration = model, images, steps, calibration
+        self.extractor, self.real = DemoExtractor(), reference().statistics
+        pipe = load_model(model)
+        self.states = float_states(pipe, min(16, images), steps, seed=1)
+        self.exact = sample_images(pipe, images, steps)
+
+    def measure(self, recipe: Recipe | None) -> dict[str, Any]:
+        """Figures of a recipe, or of the float model."""
+        images, found = self.exact, {}
+        if recipe is not None:
+            pipe = load_model(self.model)
+            quantize(
+                pipe,
+                recipe,
+                self.calibration if recipe.needs_calibration else None,
+                steps=self.steps,
+                simulate=recipe.simulated_only() is not None,
+            )
+            found = {"sqnr": prediction_sqnr(find_denoiser(pipe), self.states)[0]}
+            images = sample_images(pipe, self.images, self.steps)
+            found["psnr"] = of_mean(psnr(self.exact, images)).to_dict()
+        return {**found, "frechet": of_frechet(self.extractor.extract(images).pooled, self.real).to_dict()}
+
+
+def table(model: str, runs: dict[str, dict[str, Any]]) -> Table:
+    made = Table(title=model)
+    for heading in ("recipe", "SQNR dB", "PSNR dB", "Frechet", "95 %"):
+        made.add_column(heading, justify="left" if heading == "recipe" else "right")
+    for name, run in runs.items():
+        distance = run["frechet"]
+        cells = [f"{run['sqnr']:.1f}", f"{run['psnr']['value']:.1f}"] if "sqnr" in run else ["", ""]
+        made.add_row(name, *cells, f"{distance['value']:.2f}", f"{distance['low']:.2f} to {distance['high']:.2f}")
+    return made
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = ["demo", *(str(path.parent) for path in sorted(MODELS.glob("*/model_index.json")))]
+    parser.add_argument("--models", nargs="+", default=known, help="demo, or folders of pipelines; default: all at hand")
+    parser.add_argument("--trials", choices=[*TRIALS], nargs="+", default=[*TRIALS], help="default: all")
+    parser.add_argument("--images", type=int, default=256, help="default 256")
+    parser.add_argument("--steps", type=int, default=10, help="of the sampler; default 10")
+    parser.add_argument("--calibration", type=int, default=16, help="images that recipes calibrate on; default 16")
+    parser.add_argument("-o", "--output", type=Path, default=Path("recipes.json"), help="figures; default recipes.json")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run, for tests")
+    options = parser.parse_args()
+    if options.smoke:
+        options.models, options.images, options.steps, options.calibration = ["demo"], 2, 2, 1
+    return options
+
+
+def kept_runs(file: Path, settings: dict[str, int]) -> dict[str, Any]:
+    """What the output file holds already."""
+    if not file.exists():
+        return {"settings": settings, "runs": {}}
+    kept: dict[str, Any] = read_json(file)
+    if kept.get("settings") != settings:
+        raise HalfbyteError(f"{file} holds trials with {kept.get('settings')}, not {settings}; give another -o")
+    return kept
+
+
+def main() -> None:
+    options, console = arguments(), Console()
+    settings = {"images": options.images, "steps": options.steps, "calibration": options.calibration}
+    kept = {"settings": settings, "runs": {}} if options.smoke else kept_runs(options.output, settings)
+    recipes = [None, *(recipe for name in options.trials for recipe in (TRIALS[name][-1:] if options.smoke else TRIALS[name]))]
+    with Progress(console=console) as bar:
+        task = bar.add_task("", total=len(options.models) * len(recipes))
+        for model in options.models:
+            runs, trials = kept["runs"].setdefault(Path(model).name, {}), None
+            for recipe in recipes:
+                name = "float" if recipe is None else recipe.name
+                bar.update(task, description=f"{Path(model).name}: {name}")
+                if name not in runs:
+                    trials = trials or Trials(model, **settings)
+                    runs[name] = trials.measure(recipe)
+                    if not options.smoke:
+                        write_file(options.output, json.dumps(kept, indent=1).encode())
+                bar.advance(task)
+    for model in options.models:
+        runs = kept["runs"][Path(model).name]
+        shown = {name: runs[name] for name in ("float" if recipe is None else recipe.name for recipe in recipes)}
+        (console if console.is_terminal else Console(width=140)).print(table(Path(model).name, shown))
+
+
+if __name__ == "__main__":
+    main()
