@@ -17,22 +17,29 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
 
 from halfbyte.api import quantize
 from halfbyte.calibration import find_denoiser
 from halfbyte.checkpoint import read_json, write_file
 from halfbyte.demo.extractor import DemoExtractor, reference
 from halfbyte.errors import HalfbyteError
-from halfbyte.evaluate import float_states, prediction_sqnr, sample_images
+from halfbyte.evaluate import float_states, prediction_sqnr
+from halfbyte.evaluate.pairs import sample_batch
 from halfbyte.evidence.table import load_model
 from halfbyte.metrics import psnr
 from halfbyte.metrics.intervals import of_frechet, of_mean
 from halfbyte.recipe import PRESETS, ActivationSpec, LayerSpec, Recipe, WeightSpec
 
 MODELS = Path(__file__).parents[1] / "models"
+BATCH = 64
+ARGUMENTS = {
+    "DiTPipeline": {"guidance_scale": 2.0}
+}  # of the sampler, by pipeline; diffusers' own 4 draws caricatures of small models
 E2M1, LZS4 = WeightSpec("e2m1", max_shift=3), WeightSpec("lzs4", max_shift=4)
 SIGNED, SHIFTED = ActivationSpec("e2m1", max_shift=3), ActivationSpec("lzs4", max_shift=4)
 ONE_SIDED = ActivationSpec("ue1m3", max_shift=4, zero_point=True)
@@ -96,8 +103,15 @@ class Trials:
         self.model, self.images, self.steps, self.calibration = model, images, steps, calibration
         self.extractor, self.real = DemoExtractor(), reference().statistics
         pipe = load_model(model)
-        self.states = float_states(pipe, min(16, images), steps, seed=1)
-        self.exact = sample_images(pipe, images, steps)
+        self.arguments = ARGUMENTS.get(type(pipe).__name__, {})
+        self.states = float_states(pipe, min(16, images), steps, seed=1, arguments=self.arguments)
+        self.exact = self.sample(pipe)
+
+    def sample(self, pipe: Any) -> Tensor:
+        """Images (N, C, H, W), each from a noise of its own."""
+        pipe.set_progress_bar_config(disable=True)
+        parts = [range(start, min(self.images, start + BATCH)) for start in range(0, self.images, BATCH)]
+        return torch.cat([sample_batch(pipe, part, self.images, self.steps, arguments=self.arguments) for part in parts])
 
     def measure(self, recipe: Recipe | None) -> dict[str, Any]:
         """Figures of a recipe, or of the float model."""
@@ -112,7 +126,7 @@ class Trials:
                 simulate=recipe.simulated_only() is not None,
             )
             found = {"sqnr": prediction_sqnr(find_denoiser(pipe), self.states)[0]}
-            images = sample_images(pipe, self.images, self.steps)
+            images = self.sample(pipe)
             found["psnr"] = of_mean(psnr(self.exact, images)).to_dict()
         return {**found, "frechet": of_frechet(self.extractor.extract(images).pooled, self.real).to_dict()}
 
