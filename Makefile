@@ -19,7 +19,7 @@ ANSWERS   := import signal, urllib.request as r; signal.alarm(6); r.urlopen("$(C
 
 # The release of diffusers before the pinned one, in a folder whose path comes first, and the tests that touch diffusers (40 s of a core).
 PREVIOUS       := 0.41.0
-PREVIOUS_HOME  := .venv/diffusers-$(PREVIOUS)
+PREVIOUS_HOME  := $(CURDIR)/.venv/diffusers-$(PREVIOUS)
 PREVIOUS_TESTS := $(addprefix tests/test_, $(addsuffix .py, architectures export loading lora plugins plugins_pipelines single_file timestep)) \
 	tests/comfyui/test_names.py -k "not order_of_imports"
 
