@@ -17,49 +17,28 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
-from safetensors.torch import save_file
 
+from halfbyte.bench.checkpoints import peak_bytes, write_float
 from halfbyte.streaming.verb import quantize_folder
-
-SHARD_VALUES = 1 << 28
 
 
 def write_checkpoint(folder: Path, blocks: tuple[int, int], width: int) -> int:
-    """A bf16 checkpoint in shards; returns its bytes. Never more than a shard is in memory."""
+    """A bf16 checkpoint; returns its bytes."""
     heads = {"num_attention_heads": width // 128, "num_layers": blocks[0], "num_single_layers": blocks[1]}
-    with init_empty_weights():
+    with torch.device("meta"):
         model = FluxTransformer2DModel(**heads, guidance_embeds=True)
-    folder.mkdir(parents=True)
-    model.save_config(folder)
-    generator, shard, names, size = torch.Generator().manual_seed(0), {}, {}, 0
-    pool = torch.randn(1 << 22, generator=generator)
-    pool = (pool * torch.randn(1 << 22, generator=generator).exp() * 0.02).bfloat16()  # log-normal scales: heavy tails
-    for name, tensor in model.state_dict().items():
-        start = int(torch.randint(pool.numel(), (1,), generator=generator))
-        repeated = pool.roll(start).repeat(-(-tensor.numel() // pool.numel()))  # random enough for time and sizes, and quick
-        shard[name] = repeated[: tensor.numel()].view(tensor.shape).clone()
-        if sum(one.numel() for one in shard.values()) > SHARD_VALUES or name == list(model.state_dict())[-1]:
-            file = f"diffusion_pytorch_model-part-{len(set(names.values())):05d}.safetensors"
-            save_file(shard, folder / file)
-            names |= dict.fromkeys(shard, file)
-            size += (folder / file).stat().st_size
-            shard = {}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    return size
+    return write_float(folder, model)
 
 
 def quantize(folder: Path, output: Path, recipe: str) -> None:
     """What the process of its own does; prints a JSON line."""
-    import resource
-
     start, processor = time.perf_counter(), time.process_time()
     job = quantize_folder(folder, output, recipe)
     seconds = time.perf_counter() - start
     weights = sum(part.values for plan in job.plans.values() for part in plan.parts if part.layer is not None)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    print(json.dumps({"seconds": seconds, "processor": time.process_time() - processor, "weights": weights, "peak": peak}))
+    figures = {"seconds": seconds, "processor": time.process_time() - processor, "weights": weights, "peak": peak_bytes()}
+    print(json.dumps(figures))
 
 
 def main() -> None:

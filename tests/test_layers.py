@@ -18,8 +18,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "halfbyte"
 ROOMS = (
     "errors", "fields", "formats", "packing", "recipe", "targets", "quantizers", "timestep", "layers", "splitting", "metrics",
     "tracing", "calibration", "methods", "checkpoint", "runs", "runtime", "conversion", "unpacking", "hub", "diffusers_plugin",
-    "diffusers_lora", "transformers_plugin", "api", "streaming", "export", "evaluate", "heal", "sensitivity", "report", "demo",
-    "evidence", "bench", "terminal", "cli_evidence", "cli",
+    "diffusers_lora", "transformers_plugin", "api", "streaming", "comfyui", "export", "evaluate", "heal", "sensitivity", "report",
+    "demo", "evidence", "bench", "terminal", "cli_evidence", "cli",
 )
 # fmt: on
 

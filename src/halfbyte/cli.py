@@ -404,16 +404,35 @@ def _write_speed_page(results: Any, page: Path) -> None:
         typer.echo(f"No page: {missing}")
 
 
-@app.command(epilog="Example:  halfbyte export my-model-4bit -o my-model-bf16")
+@app.command(
+    epilog="Examples:  halfbyte export my-model-4bit -o my-model-bf16    "
+    "halfbyte export my-model-4bit -o for-comfyui --layout comfyui    "
+    "halfbyte export my-model -o for-comfyui --layout comfyui --recipe nvfp4-w4a4"
+)
 def export(
-    model: Annotated[Path, typer.Argument(help="Folder that `halfbyte quantize` wrote.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the float model.")],
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    model: Annotated[Path, typer.Argument(help="Folder that `halfbyte quantize` wrote; with --recipe, of a float model.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New folder.")],
+    layout: Annotated[
+        str, typer.Option(help="diffusers: floats, for any tool. comfyui: quantized layers that ComfyUI loads.")
+    ] = "diffusers",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bf16 (default), fp16 or fp32. With comfyui: of what it has no quantized form for; default: nothing is rounded."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="With comfyui: quantize the denoiser by this for the file, such as nvfp4-w4a4.")
+    ] = None,
 ) -> None:
-    """Write a 4-bit model as an ordinary float one, for tools that know nothing of halfbyte. Its inputs are no longer rounded."""
-    from halfbyte.export import export as write
+    """Write a 4-bit model for tools that know nothing of halfbyte: as an ordinary float one, or in ComfyUI's layout.
 
-    typer.echo(f"Written to {write(model, output, dtype)}")
+    Weights keep the values they have here, but for what --dtype rounds; inputs are rounded as the tool does it, or not at all.
+    """
+    from halfbyte.export import export_by_layout
+
+    for line in export_by_layout(model, output, layout, dtype, recipe):
+        typer.echo(line)
 
 
 @app.command(epilog="Examples:  halfbyte info    halfbyte info my-model-4bit")

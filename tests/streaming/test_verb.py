@@ -305,6 +305,24 @@ def test_a_forecast(model):
     assert "conv_in" in job.results[""].table()
 
 
+def test_the_forecast_of_the_output_is_what_is_then_written(pipe, tmp_path):
+    """To the byte: weight files with their headers, and copies; the config and the card are the library's."""
+    pipe.save_pretrained(tmp_path / "float")
+    for recipe in ("quartz-w4a4", "int8-w8a8"):
+        found = forecast(prepare(tmp_path / "float", recipe))
+        quantize_folder(tmp_path / "float", tmp_path / recipe, recipe)
+        written = {name: len(one) for name, one in content(tmp_path / recipe).items() if name != "unet/config.json"}
+        assert found.output_bytes == sum(written.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_forecast_of_the_output_of_every_architecture(build, tmp_path, name):
+    build(name).save_pretrained(tmp_path / "float")
+    found = forecast(prepare(tmp_path / "float", "quartz-w4a8"))
+    quantize_folder(tmp_path / "float", tmp_path / "out", "quartz-w4a8")
+    assert found.output_bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+
+
 def test_a_full_disk_can_be_continued(model, expected, tmp_path, monkeypatch):
     from halfbyte.streaming.shards import Shards
 

@@ -159,7 +159,7 @@ def _run(job: Job, work: Path, fingerprint: dict[str, Any], resume: bool, max_sh
         report("quantizing", done, total)
 
     for name, plan in job.plans.items():
-        shards = Shards(work / RESULT / name, plan.outputs, weights_pattern(plan.model), max_shard)
+        shards = _shards(work / RESULT / name, plan, max_shard)
         shards.create()
         finished = journal.done(name)
         todo = unfinished(plan.parts, shards, finished) if finished else list(range(len(plan.parts)))
@@ -188,6 +188,10 @@ def _fingerprint(job: Job, max_shard: str) -> dict[str, Any]:
 def weights_pattern(model: Any) -> str:
     """The file name under which a model's library looks for its weights."""
     return "model{suffix}.safetensors" if is_transformers(model) else checkpoint.WEIGHTS
+
+
+def _shards(folder: Path, plan: Plan, max_shard: str = checkpoint.MAX_SHARD) -> Shards:
+    return Shards(folder, plan.outputs, weights_pattern(plan.model), max_shard)
 
 
 def _note_quality(plan: Plan, entries: dict[int, dict[str, Any]]) -> None:
@@ -227,7 +231,7 @@ class Forecast:
     """What a run will take and leave."""
 
     input_bytes: int
-    output_bytes: int
+    output_bytes: int  # of the weight files, headers included, and of what is copied; to the byte
     seconds: float
     peak_bytes: int
 
@@ -244,7 +248,8 @@ def forecast(job: Job) -> Forecast:
         pace = (time.perf_counter() - start) / sample.numel()
         held = ENGINE_BYTES if takes(sample, spec) else WORK_BYTES
     weights = sum(part.values for plan in plans for part in plan.parts if part.layer is not None)
-    read, written = (sum(sizes) + copied for sizes in zip(*((plan.input_bytes, plan.output_bytes) for plan in plans), strict=True))
+    read = sum(plan.input_bytes for plan in plans) + copied
+    written = sum(sum(_shards(plan.folder, plan).sizes.values()) for plan in plans) + copied
     largest = max((part.values for plan in plans for part in plan.parts if part.layer is not None), default=0)
     flying = 2 * workers * 4 * largest  # read ahead, or waiting to be written
     work = weights * pace + (read + written) / PASS_RATE  # shared by the cores; the digests are not
