@@ -3,12 +3,13 @@
 What a width costs adds up over the layers in every unit, and so do damages while they are small: a small integer program.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from halfbyte.errors import HalfbyteError, MissingExtraError
+from halfbyte.errors import HalfbyteError, MissingExtraError, listed
 from halfbyte.formats import get_grid
 from halfbyte.latency import FLOAT, Latency
 from halfbyte.recipe import LayerOverride, LayerSpec, Recipe
@@ -33,6 +34,10 @@ class Limit:
     most: float
     unit: str  # of UNITS
 
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS or not 0 < self.most < math.inf:
+            raise HalfbyteError(f"a budget is a number above 0 of {listed(UNITS)}; got {self.most:g}{self.unit}")
+
     @classmethod
     def parse(cls, text: str) -> "Limit":
         """Such as 4.5bits (stored, averaged over the weights), 5activation-bits (averaged over the work), 1.9MB, 12ms, 0.8x.
@@ -41,7 +46,7 @@ class Limit:
             HalfbyteError: for anything else.
         """
         found = re.fullmatch(rf"\s*(\d+\.?\d*|\.\d+)\s*({'|'.join(UNITS)})\s*", text)
-        if found is None or not float(found[1]) > 0:
+        if found is None:
             raise HalfbyteError(f"a budget is a number above 0 and a unit, such as 4.5bits, 1.9MB, 12ms or 0.8x; got {text!r}")
         return cls(float(found[1]), found[2])
 
@@ -114,7 +119,9 @@ def spend(found: Sensitivity, limits: Sequence[Limit], latency: Latency | None =
         costs = [[cost(layer, width) for width in widths] for layer in found.layers]
         low, high = (rest + sum(map(end, costs)) for end in (min, max))
         if limit.most < low * (1 - SLACK):
-            raise HalfbyteError(f"no assignment has {limit.most:g} {UNITS[limit.unit]}; these widths reach {low:.4g} to {high:.4g}")
+            raise HalfbyteError(
+                f"no assignment has {limit.most:g} {UNITS[limit.unit]}; these widths reach {_above(low)} to {high:.4g}"
+            )
         sums.append((costs, limit.most - rest))
     damage = [[0.0 if width == FLOAT else layer.total(width) for width in widths] for layer in found.layers]
     chosen = _least(damage, sums)
@@ -152,8 +159,14 @@ def _conflict(limits: Sequence[Limit], sums: Sequence[tuple[Costs, float]]) -> s
         chosen = _least(costs, [one for one in sums if one[0] is not costs])
         if chosen is not None:
             least = limit.most - most + sum(row[index] for row, index in zip(costs, chosen, strict=True))
-            reach.append(f"{least:.4g} {UNITS[limit.unit]}")
+            reach.append(f"{_above(least)} {UNITS[limit.unit]}")
     return f"no assignment meets all limits at once; the others allow no less than {' or '.join(reach) or 'these'}"
+
+
+def _above(least: float) -> str:
+    """Four digits of a number above 0, rounded up, so that a limit of this many can be met."""
+    digits = 3 - math.floor(math.log10(least))
+    return f"{math.ceil(round(least * 10**digits, 6)) / 10**digits:.4g}"
 
 
 def to_recipe(found: Sensitivity, widths: Mapping[str, str], name: str) -> Recipe:

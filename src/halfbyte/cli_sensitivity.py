@@ -49,7 +49,7 @@ def sensitivity(
     from halfbyte.report.heatmap import write_heatmap
 
     numbers = {"bits": bits, "activation-bits": activation_bits}
-    limits = [Limit.parse(f"{most:g}{unit}") for unit, most in numbers.items() if most is not None]
+    limits = [Limit(most, unit) for unit, most in numbers.items() if most is not None]
     limits += [Limit.parse(text) for text in budget or ()]
     texts = read_prompts(prompts)
     found = _damages(model, output / "sensitivity.json", images, steps, seed, texts)

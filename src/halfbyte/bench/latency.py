@@ -49,7 +49,7 @@ def measure_latency(
     """
     if dtype not in DTYPES:
         raise ModelError(f"the dtype of a step must be one of {listed(DTYPES)}, got {dtype!r}")
-    model, call = _step(pipe, DTYPES[dtype], prompts)
+    model, call = step_of(pipe, DTYPES[dtype], prompts)
     layers, inputs, calls = _cases(model, call)
     contestants: dict[tuple[str, str], Callable[[], object]] = {STEP: partial(model, *call.args, **call.kwargs)}
     for case, layer in layers.items():
@@ -74,7 +74,7 @@ def known_latency(file: Path, ladder: Mapping[str, LayerSpec], dtype: str) -> La
     return found if (found.dtype, found.environment, set(found.widths)) == here else None
 
 
-def _step(pipe: Any, dtype: torch.dtype, prompts: Sequence[str]) -> tuple[nn.Module, Call]:
+def step_of(pipe: Any, dtype: torch.dtype, prompts: Sequence[str]) -> tuple[nn.Module, Call]:
     """A copy of the denoiser in a dtype, convolutions channels-last, and one call of it for one image."""
     pipe.set_progress_bar_config(disable=True)
     call = record_calls(pipe, 1, 1, prompts=prompts)[0]
