@@ -67,7 +67,7 @@ def run(size: Size, progress: Progress | None = None) -> tuple[list[Row], Latenc
     """Every uniform recipe, and below it the budget of its bits; then budgets of time; the float model last."""
     pipe = demo.load_pipeline()
     study = measure(pipe, LADDER, size.study_images, size.study_steps, progress=progress)
-    latency = measure_latency(pipe, LADDER, DTYPE, effort=size.timing, progress=progress)
+    latency = measure_latency(pipe, LADDER, DTYPE, rounds=size.timing.rounds, progress=progress)
     judge = Judge(pipe, size, latency, study)
     for name, recipe in UNIFORM.items():
         row = judge.add(name, recipe)

@@ -4,11 +4,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
-
-Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -23,39 +20,27 @@ SMOKE = Effort(rounds=1, least=0.0)
 
 
 @torch.inference_mode()
-def medians(
-    contestants: Mapping[Key, Callable[[], object]], effort: Effort, progress: Callable[[int, int], None] | None = None
-) -> dict[Key, float]:
+def medians(contestants: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, float]:
     """Median seconds of one call of each contestant.
 
     The contestants take turns, so that a machine that slows down for a while slows all of them down.
-
-    Args:
-        progress: called after every turn, of which the first warms up, with (turns done, turns in all).
     """
-    calls: dict[Key, int] = {}
-    seconds: dict[Key, list[float]] = {name: [] for name in contestants}
-    for turn in range(1 + effort.rounds):
-        for place, (name, run) in enumerate(contestants.items()):
-            if turn == 0:
-                calls[name] = _calls_for(run, effort.least)
-            else:
-                seconds[name].append(_seconds_of(run, calls[name]))
-            if progress:
-                progress(turn * len(contestants) + place + 1, (1 + effort.rounds) * len(contestants))
+    calls = {name: _calls_for(run, effort.least) for name, run in contestants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(effort.rounds):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                run()
+            seconds[name].append((time.perf_counter() - start) / calls[name])
     return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def _seconds_of(run: Callable[[], object], calls: int) -> float:
-    """Seconds of one of so many calls in a row."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
 
 
 def _calls_for(run: Callable[[], object], least: float) -> int:
     """How many calls take about `least` seconds; the first two warm up (prepacking, code that is generated once)."""
     run()
     run()
-    return max(1, round(least / max(_seconds_of(run, 1), 1e-7)))
+    start = time.perf_counter()
+    run()
+    once = time.perf_counter() - start
+    return max(1, round(least / max(once, 1e-7)))
