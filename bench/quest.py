@@ -4,12 +4,13 @@
     python bench/quest.py --table components --steps 1500 --seeds 0 1 -o quest.json
     python bench/quest.py --table temporal
 
-`components` adds temporal alignment, critical modules and the global loss one after the other, and gives all layers, and TALoRA,
-the same time. In arXiv 2402.03666 (LSUN-Bedrooms, W4A8, FID) AdaRound alone has 6.95, with temporal alignment (and the global loss)
-4.41, with both stages 3.26. `temporal` quantizes the path of the time embedding alone, and everything but it (the paper's property
-1, LDM-4), and heals with stage 1. Published distances are of another data set and in other features than ours; compare how rows
-follow each other. Then memory of a step, beside that of the float model with the same weights trained. Runs that are in the output
-file already are not made again.
+`components` adds temporal alignment, critical modules and the global loss one after the other, and gives all layers, AdaRound
+with learned scales (as Q-Diffusion has it), and TALoRA, the same time. In arXiv 2402.03666 (LSUN-Bedrooms, W4A8, FID) AdaRound
+alone has 6.95, with temporal alignment (and the global loss) 4.41, with both stages 3.26. `temporal` quantizes the path of the
+time embedding alone, and everything but it (the paper's property 1, LDM-4), and heals with stage 1. Published distances are of
+another data set and in other features than ours; compare how rows follow each other. Then memory of a step, beside that of the
+float model with the same weights trained. Runs that are in the output file already are not made again. Property 2 (which
+families of layers suffer most): bench/sensitivity.py.
 """
 
 import re
@@ -32,7 +33,9 @@ from halfbyte.targets import TARGETS
 
 LOCAL = {"method": "quest", "global_weight": 0.0}
 STAGE_1 = {"method": "quest", "stages": "temporal"}
+UNSPLIT = get_recipe("qdiffusion-w4a4").replace(name="qdiffusion-unsplit-w4a4", split=False)
 COMPONENTS = {
+    "plain INT4, not healed": Row("int4-w4a4"),
     "not healed": Row("quest-w4a4", published="6.95"),
     "scales alone": Row("quest-w4a4", {"method": "quest", "share": 0.0}),
     "+ temporal": Row("quest-w4a4", {**LOCAL, "stages": "temporal"}),
@@ -42,6 +45,7 @@ COMPONENTS = {
     "all layers, same time": Row(
         "quest-w4a4", {"method": "quest", "stages": "full", "local_weight": 0.0}, as_long_as="+ global loss"
     ),
+    "AdaRound, scales alone, same time": Row(UNSPLIT, {"method": "quest", "share": 0.0}, as_long_as="+ global loss"),
     "TALoRA, same time": Row("quest-w4a4", {"method": "talora"}, as_long_as="+ global loss"),
 }
 
@@ -90,6 +94,7 @@ def memory(effort: Effort) -> Table:
 
 
 if __name__ == "__main__":
-    smoke = ("not healed", "+ global loss", "all layers, same time", "quest-w4a8, only the time embedding + stage 1")
+    smoke = ("not healed", "+ global loss", "all layers, same time", "AdaRound, scales alone, same time")
+    smoke += ("quest-w4a8, only the time embedding + stage 1",)
     effort = main(__doc__, {"components": COMPONENTS, "temporal": temporal_rows()}, "quest.json", smoke)
     Console(width=140).print(memory(effort))

@@ -286,7 +286,20 @@ def test_sensitivity_measures_once_and_writes_a_recipe_that_quantize_takes(monke
     assert "bits a weight" in out
     code, _, err = run(monkeypatch, capsys, "quantize", model, "--recipe", study / "recipe.yaml", "-o", tmp_path / "out")
     assert code == 0, err
-    for arguments, words in ((["--bits", 1], "these widths reach 4.25 to 8"), (["--activation-bits", 5], "give --bits too")):
+    code, out, err = run(monkeypatch, capsys, "sensitivity", model, "-o", study, "--budget", "0.99x", "--budget", "6bits")
+    assert code == 0, err
+    words = " ".join(out.split())
+    assert "Predicted step of one image: " in words
+    assert "Times hold for this machine" in words
+    assert get_recipe(study / "recipe.yaml").name == "budget-0.99x-6bits"
+    table = (study / "latency.json").read_bytes()
+    for arguments, words in (
+        (["--bits", 1], "these widths reach 4.25 to 8"),
+        (["--budget", "0.0001ms"], "has 0.0001 ms a step of one image; these widths reach"),
+        (["--budget", "fast"], "a budget is a number above 0 and a unit"),
+        (["--budget", "0.9x", "--dtype", "int3"], "the dtype of a step must be one of 'bf16', 'fp32'"),
+    ):
         code, _, err = run(monkeypatch, capsys, "sensitivity", model, "-o", study, *arguments)
         assert code == 1
         assert words in err
+    assert (study / "latency.json").read_bytes() == table, "the times were measured again"

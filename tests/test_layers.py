@@ -18,8 +18,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "halfbyte"
 ROOMS = (
     "errors", "fields", "formats", "packing", "recipe", "targets", "quantizers", "timestep", "layers", "splitting", "metrics",
     "tracing", "calibration", "methods", "checkpoint", "runs", "runtime", "conversion", "unpacking", "hub", "diffusers_plugin",
-    "diffusers_lora", "transformers_plugin", "api", "streaming", "comfyui", "export", "evaluate", "heal", "sensitivity", "report",
-    "demo", "evidence", "bench", "terminal", "cli_evidence", "cli",
+    "diffusers_lora", "transformers_plugin", "api", "streaming", "comfyui", "export", "evaluate", "heal", "latency", "sensitivity",
+    "budget", "report", "demo", "evidence", "bench", "terminal", "cli_evidence", "cli_sensitivity", "cli",
 )
 # fmt: on
 
@@ -29,7 +29,7 @@ SHUT = {"runtime": ("calibration", "methods", "heal")}
 # Who may import a third party: files, or folders ending in "/", relative to src/halfbyte.
 DIFFUSERS = ("diffusers_plugin.py", "diffusers_lora.py", "api.py", "evidence/table.py", "demo/", "bench/models.py")
 DOORS = {
-    "typer": ("cli.py", "cli_evidence.py"),
+    "typer": ("cli.py", "cli_evidence.py", "cli_sensitivity.py"),
     "safetensors": ("checkpoint.py", "demo/features.py"),
     "triton": ("runtime/triton_kernels.py",),
     "torchmetrics": ("metrics/",),
@@ -168,7 +168,7 @@ BROKEN = {
     "a room nobody lists": ("utils.py", "", "unknown room 'utils'; add it to ROOMS"),
     "import of a room nobody lists": ("evaluate.py", "import halfbyte.utils", "halfbyte.utils is not one"),
     "runtime and methods": ("runtime/ops.py", "import halfbyte.methods.gptq", "must not reach methods: runtime -> methods"),
-    "typer in a room": ("evaluate.py", "import typer", "only cli.py, cli_evidence.py may import typer"),
+    "typer in a room": ("evaluate.py", "import typer", "only cli.py, cli_evidence.py, cli_sensitivity.py may import typer"),
     "triton outside its file": ("runtime/ops.py", "import triton.language as tl", "only runtime/triton_kernels.py may"),
     "safetensors in the demo": ("demo/model.py", "from safetensors.torch import load", "only checkpoint.py, demo/features.py"),
     "metrics in a function": ("evaluate.py", "def f():\n    import torchmetrics", "only metrics/ may import torchmetrics"),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from halfbyte import cli_evidence
+from halfbyte import cli_evidence, cli_sensitivity
 from halfbyte.terminal import progress
 
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
@@ -184,69 +184,7 @@ def _quantize_in_memory(
     )
 
 
-@app.command(
-    epilog="Examples:  halfbyte sensitivity my-model -o study    halfbyte sensitivity my-model -o study --bits 4.5    "
-    "then  halfbyte quantize my-model --recipe study/recipe.yaml -o my-model-4bit"
-)
-def sensitivity(
-    model: Annotated[Path, typer.Argument(help="Folder of a float diffusers pipeline, or a model's name on the Hub.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the figures and the page.")] = Path("sensitivity"),
-    images: Annotated[int, typer.Option(min=1, help="Images whose denoiser calls are compared.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    bits: Annotated[float | None, typer.Option(help="Budget: stored bits a weight, on average.")] = None,
-    activation_bits: Annotated[float | None, typer.Option(help="Budget: bits an activation, averaged over the work.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
-) -> None:
-    """Measure what quantizing each layer alone costs, and spend a budget of bits where it helps most.
-
-    A measurement that is in OUTPUT already is used again, so that budgets can be tried.
-    """
-    from halfbyte import api
-    from halfbyte import sensitivity as room
-    from halfbyte.checkpoint import write_file
-    from halfbyte.errors import HalfbyteError
-    from halfbyte.report.heatmap import write_heatmap
-
-    if activation_bits is not None and bits is None:
-        raise HalfbyteError("--activation-bits is a second limit; give --bits too")
-    figures = output / "sensitivity.json"
-    if figures.is_file():
-        found = room.Sensitivity.load(figures)
-        typer.echo(f"using the measurement in {figures}; remove it to measure again")
-    else:
-        with progress() as report:
-            pipe = api.load_float(model)
-            found = room.measure(pipe, room.LADDER, images, steps, seed, _lines(prompts), report)
-        found.save(figures)
-    widths = None if bits is None else room.spend(found, bits, activation_bits)
-    if widths is not None:
-        recipe = room.to_recipe(found, widths, f"budget-{bits:g}" + ("" if activation_bits is None else f"-a{activation_bits:g}"))
-        write_file(output / "recipe.yaml", recipe.to_yaml().encode())
-    write_heatmap(found, output / "sensitivity.html", widths)
-    _print_sensitivity(found, widths)
-    typer.echo(f"The page with every layer: {(output / 'sensitivity.html').resolve()}")
-    if widths is not None:
-        typer.echo(f"The recipe: {(output / 'recipe.yaml').resolve()}")
-
-
-def _print_sensitivity(found: Any, widths: dict[str, str] | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from halfbyte.report.heatmap import decibel
-    from halfbyte.sensitivity import averages
-
-    table = Table(title="SQNR of the predicted noise, dB, with one family of layers quantized")
-    for heading in ("family", "weights", *found.ladder):
-        table.add_column(heading, justify="left" if heading == "family" else "right")
-    for family in sorted(found.families, key=lambda one: -one.total(next(iter(found.ladder)))):
-        table.add_row(family.name, f"{family.weights:,}", *(f"{decibel(family.total(width)):.1f}" for width in found.ladder))
-    Console().print(table)
-    if widths is not None:
-        stored, seen = averages(found, widths)
-        counts = ", ".join(f"{list(widths.values()).count(width)} at {width}" for width in found.ladder)
-        typer.echo(f"{stored:.2f} bits a weight, {seen:.2f} bits an activation: {counts}")
+app.command(epilog=cli_sensitivity.EXAMPLES)(cli_sensitivity.sensitivity)
 
 
 @app.command(

@@ -1,13 +1,11 @@
-"""Which layers suffer at how many bits, when in the trajectory, and how a budget of bits is best spent on them.
+"""Which layers suffer at how many bits, and when in the trajectory.
 
 Layers are quantized one at a time, everything else in float, and the predicted noise is compared at the float model's own states.
-Damages of layers add up well while they are small, which turns "least damage within a budget" into a small integer program.
+What is best done about it within a budget, `budget.py` says.
 """
 
 import json
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +17,10 @@ from torch import Tensor, nn
 from halfbyte.calibration import find_denoiser
 from halfbyte.checkpoint import read_json, write_file
 from halfbyte.conversion import edges_of, make_fake_quant, quantizable_layers
-from halfbyte.errors import HalfbyteError, MissingExtraError, ModelError
+from halfbyte.errors import HalfbyteError, ModelError
 from halfbyte.evaluate import States, float_states, predict
-from halfbyte.formats import get_grid
 from halfbyte.layers import matrix_shape
-from halfbyte.recipe import INT8, ActivationSpec, LayerOverride, LayerSpec, Recipe, WeightSpec, get_recipe
+from halfbyte.recipe import INT8, ActivationSpec, LayerSpec, WeightSpec, get_recipe
 from halfbyte.targets import family_of
 
 LADDER: dict[str, LayerSpec] = {
@@ -42,6 +39,7 @@ class LayerDamage:
     name: str
     family: str
     weights: int
+    channels: int  # of its output: each has a scale
     operations: int  # multiplications for one image and step
     damage: dict[str, list[float]]  # width -> mean squared error of the prediction over its mean square, by timestep
 
@@ -110,14 +108,19 @@ def measure(
     groups += [(family, family, names) for family, names in families.items()]
     found: list[LayerDamage] = []
     for title, family, names in groups:
-        weights, damage = sum(layers[name].weight.numel() for name in names), {}
+        chosen, damage = {name: layers[name] for name in names}, {}
         for width, spec in ladder.items():
-            with replaced(denoiser, {layers[name]: make_fake_quant(name, layers[name], spec) for name in names}):
-                damage[width] = _damage(denoiser, states)
+            damage[width] = damage_of(denoiser, states, chosen, spec)
             if progress:
                 progress("quantizing layers one by one", len(found) * len(ladder) + len(damage), len(groups) * len(ladder))
-        found.append(LayerDamage(title, family, weights, sum(operations[name] for name in names), damage))
+        found.append(LayerDamage(title, family, *_sizes(chosen.values()), sum(operations[name] for name in names), damage))
     return Sensitivity(type(denoiser).__name__, states.timesteps, dict(ladder), found[: len(layers)], found[len(layers) :])
+
+
+def _sizes(layers: Iterable[Any]) -> tuple[int, int]:
+    """(weights, output channels) of some layers together."""
+    shapes = [matrix_shape(layer) for layer in layers]
+    return sum(rows * count for rows, count in shapes), sum(rows for rows, _ in shapes)
 
 
 def _families(denoiser: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
@@ -165,79 +168,15 @@ def replaced(model: nn.Module, twins: Mapping[nn.Module, nn.Module]) -> Iterator
             put(name, layer)
 
 
-def _damage(denoiser: nn.Module, states: States) -> list[float]:
-    """Energy of the error over that of the prediction, by state."""
-    return [_relative(predict(denoiser, call), exact) for call, exact in zip(states.calls, states.outputs, strict=True)]
+def damage_of(denoiser: nn.Module, states: States, layers: Mapping[str, Any], spec: LayerSpec) -> list[float]:
+    """What quantizing some layers, and no others, does to the prediction: energy of the error over its own, by state.
+
+    Args:
+        layers: of the denoiser, by name. spec: with dynamic activation scales.
+    """
+    with replaced(denoiser, {layer: make_fake_quant(name, layer, spec) for name, layer in layers.items()}):
+        return [_relative(predict(denoiser, call), exact) for call, exact in zip(states.calls, states.outputs, strict=True)]
 
 
 def _relative(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).double().square().sum() / exact.double().square().sum().clamp(min=1e-30))
-
-
-def stored_bits(spec: LayerSpec) -> float:
-    """Bits a weight takes on disk, shifts included; what has no packed form counts with the width of its codes."""
-    return get_grid(spec.weight.grid).bits + (4 / spec.weight.subgroup if spec.weight.max_shift else 0)
-
-
-def input_bits(spec: LayerSpec) -> float:
-    """Bits of an input value, shifts not counted: they are made and used up inside the layer."""
-    return 16.0 if spec.activation is None else get_grid(spec.activation.grid).bits
-
-
-def spend(found: Sensitivity, weight_bits: float, activation_bits: float | None = None, simulated: bool = False) -> dict[str, str]:
-    """The width of every layer that leaves the least sum of damages within a budget.
-
-    Args:
-        simulated: also give widths that have no packed form.
-        weight_bits: stored bits a weight, averaged over all weights.
-        activation_bits: bits an input value, averaged over all multiplications; None: no limit.
-    Raises:
-        HalfbyteError: when no assignment meets the budget; says what can be reached.
-        MissingExtraError: without scipy.
-    """
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-    except ImportError as error:
-        raise MissingExtraError("a budget needs scipy: pip install 'halfbyte[eval]'") from error
-    ladder = {width: spec for width, spec in found.ladder.items() if simulated or spec.simulated_only() is None}
-    specs, widths, layers = list(ladder.values()), list(ladder), found.layers
-    damage = np.array([[layer.total(width) for width in widths] for layer in layers])
-    limits = [LinearConstraint(np.kron(np.eye(len(layers)), np.ones(len(specs))), 1, 1)]  # one width for each layer
-    for what, limit, bits, share in (
-        ("stored bits a weight", weight_bits, [stored_bits(spec) for spec in specs], [layer.weights for layer in layers]),
-        ("bits an activation", activation_bits, [input_bits(spec) for spec in specs], [layer.operations for layer in layers]),
-    ):
-        if limit is None:
-            continue
-        if limit < min(bits):
-            raise HalfbyteError(f"no assignment has {limit:g} {what}; these widths reach {min(bits):g} to {max(bits):g}")
-        limits.append(LinearConstraint(np.outer(share, bits).ravel() / sum(share), 0, limit + 1e-9))
-    solved = milp(
-        damage.ravel() / max(damage.max(), 1e-300),
-        constraints=limits,
-        integrality=np.ones(damage.size),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-4},
-    )
-    if solved.x is None:
-        raise HalfbyteError(f"no assignment meets both limits of the budget ({solved.message}); raise one of them")
-    return {layer.name: widths[index] for layer, index in zip(layers, solved.x.reshape(damage.shape).argmax(1), strict=True)}
-
-
-def averages(found: Sensitivity, widths: Mapping[str, str]) -> tuple[float, float]:
-    """(stored bits a weight, bits an activation) of an assignment, averaged as `spend` does."""
-    weights, operations = sum(layer.weights for layer in found.layers), sum(layer.operations for layer in found.layers)
-    specs = [found.ladder[widths[layer.name]] for layer in found.layers]
-    stored = math.fsum(layer.weights * stored_bits(spec) for layer, spec in zip(found.layers, specs, strict=True))
-    seen = math.fsum(layer.operations * input_bits(spec) for layer, spec in zip(found.layers, specs, strict=True))
-    return stored / weights, seen / operations
-
-
-def to_recipe(found: Sensitivity, widths: Mapping[str, str], name: str) -> Recipe:
-    """A recipe that gives every layer its width: the most frequent one as the rule, the others (and the edges) by name."""
-    common = max(found.ladder, key=list(widths.values()).count)
-    edges = {layer.name for layer in found.layers if layer.family == "edge"}
-    others = [layer for layer, width in widths.items() if width != common or layer in edges]
-    overrides = tuple(LayerOverride(f"^{re.escape(layer)}$", found.ladder[widths[layer]]) for layer in others)
-    return Recipe(name, found.ladder[common], overrides=overrides)

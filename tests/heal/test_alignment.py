@@ -163,6 +163,48 @@ def test_a_student_that_diverges_keeps_the_last_good_state(student, pipe, monkey
     assert not any(isinstance(layer, SelectiveLayer) for layer in student.unet.modules())
 
 
+class Overflow:
+    """A hook that makes the input of a layer infinite in training, from an optimizer step on."""
+
+    def __init__(self, step):
+        self.calls, self.step = 0, step
+
+    def __call__(self, layer, args):
+        self.calls += torch.is_grad_enabled()
+        return (args[0] * torch.inf,) if self.calls > self.step else None
+
+
+def test_nan_names_layer_and_timestep(student, pipe):
+    layer = "mid_block.resnets.0.conv1"
+    student.unet.get_submodule(layer).register_forward_pre_hook(Overflow(TINY["batch"] * 2))
+    with pytest.raises(DivergedError, match=rf"come out of layer '{layer}', at timestep \d+\. The student is back at step \d"):
+        hb.heal(student, pipe, **TINY)
+    assert all(value.isfinite().all() for value in student.unet.state_dict().values())
+
+
+def test_the_folder_of_another_recipe_or_model_is_not_continued(student, pipe, tmp_path):
+    hb.heal(student, pipe, **TINY, output=tmp_path)
+    other, recipe = copy.copy(pipe), TIMED.replace(name="other")
+    other.register_modules(unet=copy.deepcopy(pipe.unet))
+    hb.quantize(other, recipe, calibration=4, steps=4, simulate=True)
+    with pytest.raises(ResumeError, match=r'its recipe\.name is "timed", this run\'s is "other"'):
+        hb.heal(other, pipe, **TINY, output=tmp_path, resume=True)
+    changed = copy.copy(pipe)
+    changed.register_modules(unet=copy.deepcopy(pipe.unet))
+    student.register_modules(unet=copy.deepcopy(MADE["unet"]))
+    with torch.no_grad():
+        changed.unet.conv_in.bias += 1
+    with pytest.raises(ResumeError, match=r"its teacher is .*, this run's is "):
+        hb.heal(student, changed, **TINY, output=tmp_path, resume=True)
+
+
+def test_a_teacher_of_another_shape_is_refused(student, pipe, build):
+    config = {**build("UNet2DModel").config, "block_out_channels": (32, 32)}
+    wider = type(pipe)(type(pipe.unet).from_config(config), pipe.scheduler)
+    with pytest.raises(HealError, match=r"student and teacher differ: conv_in\.weight is 16x1x3x3 in the student and 32x1x3x3"):
+        hb.heal(student, wider, **TINY)
+
+
 def test_recomputed_activations_and_bf16(student, pipe):
     exact, rough = copy.deepcopy(student), copy.deepcopy(student)
     expected = hb.heal(exact, pipe, **TINY)

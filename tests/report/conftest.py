@@ -1,8 +1,17 @@
-"""What an evaluation gathers of a layer's codes, made up."""
+"""Made-up results of an evaluation, and what it gathers of a layer's codes."""
 
 import math
+from collections.abc import Callable
 
 import pytest
+import torch
+
+from halfbyte.report.pictures import data_uri, grid_png
+
+EVIL = "<script>alert('$x_{1')</script>"
+LAYERS = ("conv_in", "down_blocks.0.conv1", "down_blocks.0.conv2", "down_blocks.1.to_q", f"mid_block.{EVIL}", "conv_out")
+INPUT_CODES = {"grid": "lzs4", "entropy": 3.2, "plain": 2.5, "shifts": [0.5, 0.5], "step": 0.1, "zero": 0.0}
+INPUT_CODES |= {"low": -15.0, "high": 15.0, "counts": [1, 20, 300, 20], "outside": 0.0}
 
 
 def make_input_codes(grid="lzs4", shifts=(0.1, 0.2, 0.3, 0.3, 0.1), low=-112.5, high=112.5, **changes):
@@ -43,3 +52,105 @@ def weight_codes():
 @pytest.fixture(scope="session")
 def bench():
     return make_bench
+
+
+def _layer(name: str, sqnr: float | None) -> dict:
+    kept = sqnr is None
+    return {
+        "name": name,
+        "kind": "Conv2d",
+        "shape": [32, 16, 3, 3],
+        "weight": None if kept else "lzs4<<4/16",
+        "activation": None if kept else "int8",
+        "bits": 16.0 if kept else 4.25,
+        "reason": "kept by the recipe" if kept else "inner layer",
+        "weight_sqnr": None if kept else sqnr + 3,
+        "output_sqnr": sqnr,
+        "choice": None,
+        "input_codes": None if kept else {**INPUT_CODES, "entropy": 3 + sqnr / 100},
+        "weight_codes": None if kept else {"grid": "lzs4", "entropy": 3.5 + sqnr / 100, "plain": 3.25},
+    }
+
+
+def _figure(value: float, half: float | None = None, bias: float | None = None) -> dict:
+    """A figure with an interval of that half length."""
+    known = half is not None
+    return {"value": value, "low": value - half if known else None, "high": value + half if known else None, "bias": bias}
+
+
+def _run(recipe: str, sqnr: float | None, size: int, bits: float) -> dict:
+    """A run; the float one where there is no SQNR."""
+    none = sqnr is None
+    return {
+        "recipe": recipe,
+        "weights": "lzs4<<4/16",
+        "activations": "int8",
+        "bits": bits,
+        "bytes": size,
+        "bytes_bf16": 8_000_000,
+        "sqnr": sqnr,
+        "sqnr_by_timestep": [] if none else [[900, sqnr + 2], [500, sqnr], [0, sqnr - 2]],
+        "figures": {"frechet": _figure(1.234, 0.1, 0.5)}
+        | ({} if none else {"psnr": _figure(sqnr + 8, 0.42), "ssim": _figure(0.9125)}),
+        "published": [],
+        "seconds_per_image": 0.0512,
+        "layers": [] if none else [_layer(name, None if name == "conv_in" else sqnr + i) for i, name in enumerate(LAYERS)],
+        "images": data_uri(grid_png(torch.linspace(0, 1, 256).view(4, 1, 8, 8), 2)),
+    }
+
+
+def _results() -> dict:
+    runs = [
+        _run("float", None, 8_000_000, 16.0),
+        _run("quartz-w4a4", 16.44, 2_150_000, 4.3),
+        _run("quartz-w4a8", 19.06, 2_150_000, 4.3),
+        _run(EVIL, 7.9, 2_030_000, 4.06),
+        _run("int8-w8a8", 31.5, 4_010_000, 8.02),
+    ]
+    runs[1]["published"] = [{"figure": "psnr", "value": 23.5, "source": "Somebody 2025"}]
+    settings = {
+        "images": 64,
+        "steps": 20,
+        "seed": 0,
+        "batch": 32,
+        "sampler": "DDIM",
+        "arguments": {"guidance_scale": "1.5"},
+        "features": "DemoFeatures",
+        "digest": "0123456789abcdef0123",
+        "reference": "training images",
+        "reference_count": 60000,
+    }
+    environment = {"torch": "2.13.0", "threads": "2", EVIL: EVIL}
+    made = {"schema": 2, "model": f"demo {EVIL}", "created": "2025-11-21", "environment": environment}
+    return {**made, "settings": settings, "runs": runs}
+
+
+@pytest.fixture(scope="session", name="EVIL")
+def _evil() -> str:
+    """A name that is markup."""
+    return EVIL
+
+
+@pytest.fixture(scope="session", name="LAYERS")
+def _layers() -> tuple[str, ...]:
+    return LAYERS
+
+
+@pytest.fixture(scope="session")
+def make_layer() -> Callable[[str, float | None], dict]:
+    return _layer
+
+
+@pytest.fixture(scope="session")
+def figure() -> Callable[..., dict]:
+    return _figure
+
+
+@pytest.fixture(scope="session")
+def make_results() -> Callable[[], dict]:
+    return _results
+
+
+@pytest.fixture
+def results() -> dict:
+    return _results()

@@ -70,7 +70,7 @@ def browser():
 def study():
     """A measurement of sensitivity with more layers than are shown at first."""
     ladder = {width: get_recipe(name).inner for width, name in (("w4a4", "quartz-w4a4"), ("w8a8", "int8-w8a8"))}
-    damage = [LayerDamage(f"layers.{n}", "inner", 100, 100, {width: [10.0**-n, 0.5] for width in ladder}) for n in range(40)]
+    damage = [LayerDamage(f"layers.{n}", "inner", 100, 10, 100, {width: [10.0**-n, 0.5] for width in ladder}) for n in range(40)]
     return Sensitivity("UNet", [900.0, 0.0], ladder, damage, damage[:2])
 
 

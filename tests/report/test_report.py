@@ -1,10 +1,7 @@
 """The report page: one file that loads nothing, says what the results say, and is written whole or not at all."""
 
 import base64
-import copy
 import hashlib
-import io
-import json
 import math
 import os
 import re
@@ -14,100 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from halfbyte.errors import CheckpointError, HalfbyteError, MissingExtraError
-from halfbyte.report import check_results, load_results, save_results, write_report
+from halfbyte.errors import CheckpointError, MissingExtraError
+from halfbyte.report import save_results, write_report
 from halfbyte.report.charts import COLOURS, PLAIN, entropy_plots, layer_plot, marker_points, timestep_plot
 from halfbyte.report.figures import number as fixed
 from halfbyte.report.figures import with_interval
 from halfbyte.report.page import significant
-from halfbyte.report.pictures import GUTTER, data_uri, grid_png, picture_size
+from halfbyte.report.pictures import GUTTER
 from halfbyte.report.speed import speed_of
 from halfbyte.report.svg import draw
 
-EVIL = "<script>alert('$x_{1')</script>"
-LAYERS = ("conv_in", "down_blocks.0.conv1", "down_blocks.0.conv2", "down_blocks.1.to_q", f"mid_block.{EVIL}", "conv_out")
-INPUT_CODES = {"grid": "lzs4", "entropy": 3.2, "plain": 2.5, "shifts": [0.5, 0.5], "step": 0.1, "zero": 0.0}
-INPUT_CODES |= {"low": -15.0, "high": 15.0, "counts": [1, 20, 300, 20], "outside": 0.0}
 VOID = {"meta", "img", "br", "link", "input", "hr"}
-
-
-def make_layer(name: str, sqnr: float | None) -> dict:
-    kept = sqnr is None
-    return {
-        "name": name,
-        "kind": "Conv2d",
-        "shape": [32, 16, 3, 3],
-        "weight": None if kept else "lzs4<<4/16",
-        "activation": None if kept else "int8",
-        "bits": 16.0 if kept else 4.25,
-        "reason": "kept by the recipe" if kept else "inner layer",
-        "weight_sqnr": None if kept else sqnr + 3,
-        "output_sqnr": sqnr,
-        "choice": None,
-        "input_codes": None if kept else {**INPUT_CODES, "entropy": 3 + sqnr / 100},
-        "weight_codes": None if kept else {"grid": "lzs4", "entropy": 3.5 + sqnr / 100, "plain": 3.25},
-    }
-
-
-def figure(value: float, half: float | None = None, bias: float | None = None) -> dict:
-    """A figure with an interval of that half length."""
-    known = half is not None
-    return {"value": value, "low": value - half if known else None, "high": value + half if known else None, "bias": bias}
-
-
-def make_run(recipe: str, sqnr: float | None, size: int, bits: float) -> dict:
-    """A run; the float one where there is no SQNR."""
-    none = sqnr is None
-    return {
-        "recipe": recipe,
-        "weights": "lzs4<<4/16",
-        "activations": "int8",
-        "bits": bits,
-        "bytes": size,
-        "bytes_bf16": 8_000_000,
-        "sqnr": sqnr,
-        "sqnr_by_timestep": [] if none else [[900, sqnr + 2], [500, sqnr], [0, sqnr - 2]],
-        "figures": {"frechet": figure(1.234, 0.1, 0.5)}
-        | ({} if none else {"psnr": figure(sqnr + 8, 0.42), "ssim": figure(0.9125)}),
-        "published": [],
-        "seconds_per_image": 0.0512,
-        "layers": [] if none else [make_layer(name, None if name == "conv_in" else sqnr + i) for i, name in enumerate(LAYERS)],
-        "images": data_uri(grid_png(torch.linspace(0, 1, 256).view(4, 1, 8, 8), 2)),
-    }
-
-
-def make_results() -> dict:
-    runs = [
-        make_run("float", None, 8_000_000, 16.0),
-        make_run("quartz-w4a4", 16.44, 2_150_000, 4.3),
-        make_run("quartz-w4a8", 19.06, 2_150_000, 4.3),
-        make_run(EVIL, 7.9, 2_030_000, 4.06),
-        make_run("int8-w8a8", 31.5, 4_010_000, 8.02),
-    ]
-    runs[1]["published"] = [{"figure": "psnr", "value": 23.5, "source": "Somebody 2025"}]
-    settings = {
-        "images": 64,
-        "steps": 20,
-        "seed": 0,
-        "batch": 32,
-        "sampler": "DDIM",
-        "arguments": {"guidance_scale": "1.5"},
-        "features": "DemoFeatures",
-        "digest": "0123456789abcdef0123",
-        "reference": "training images",
-        "reference_count": 60000,
-    }
-    environment = {"torch": "2.13.0", "threads": "2", EVIL: EVIL}
-    made = {"schema": 2, "model": f"demo {EVIL}", "created": "2025-11-21", "environment": environment}
-    return {**made, "settings": settings, "runs": runs}
-
-
-@pytest.fixture
-def results() -> dict:
-    return make_results()
 
 
 class Page(HTMLParser):
@@ -155,7 +70,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Page:
+def page(tmp_path_factory, make_results) -> Page:
     """The page of the results as they are."""
     return write(make_results(), tmp_path_factory.mktemp("report"))
 
@@ -187,7 +102,7 @@ def test_the_page_loads_nothing(page):
     assert all(target.startswith("data:image/png;base64,") for target in re.findall(r'url\("([^"]*)', page.text))
 
 
-def test_names_are_text_not_markup(page):
+def test_names_are_text_not_markup(page, EVIL):
     assert page.text.count("<script") == 1
     assert page.prose.count(EVIL) >= 8  # title, heading, tables, captions, legend, layer name, environment
 
@@ -207,7 +122,7 @@ def test_ids_are_unique_and_every_reference_leads_somewhere(page):
     assert wanted <= set(ids)
 
 
-def test_pictures_and_charts_speak(page):
+def test_pictures_and_charts_speak(page, LAYERS):
     assert [bool(image["alt"]) for image in page.all("img")] == [True] * 5
     assert page.all("img")[0]["width"] == str(2 * 8 + GUTTER)
     assert [frame["class"] for frame in page.all("div") if "frame" in frame.get("class", "")] == ["frame pixels"] * 5
@@ -239,7 +154,7 @@ def test_the_table_says_what_the_results_say(page):
     assert ["conv_in", "Conv2d", "32×16×3×3", "float", "float", "16.00", "–", "–", "kept by the recipe"] in rows
 
 
-def test_the_summary(page):
+def test_the_summary(page, EVIL):
     prose = page.prose
     assert "How near 4 quantized versions stay to the float original, over 64 images each from the same noise." in prose
     assert f"Smallest 0.254× of bf16 {EVIL}" in prose
@@ -272,7 +187,7 @@ def test_what_was_not_measured_has_no_column(results, tmp_path):
     assert "levels" not in made.prose
 
 
-def test_lossless_and_broken_runs(results, tmp_path):
+def test_lossless_and_broken_runs(results, tmp_path, EVIL, figure):
     results["runs"][1].update(sqnr=math.inf, figures={"psnr": figure(math.inf)}, sqnr_by_timestep=[[900, math.inf], [0, math.inf]])
     results["runs"][2].update(sqnr=-math.inf, figures={"psnr": figure(math.nan), "frechet": figure(math.nan)})
     results["runs"][3]["seconds_per_image"] = None
@@ -304,7 +219,7 @@ def test_numbers(value, digits, shown):
     assert fixed(value, digits) == shown
 
 
-def test_numbers_with_three_digits():
+def test_numbers_with_three_digits(figure):
     shown = [significant(value) for value in (0.01234, 0.5, 1.0, 12.345, 123.4, 123456.0, 0.0, math.inf, None)]
     assert shown == ["0.0123", "0.500", "1.00", "12.3", "123", "123456", "0", "∞", "–"]
     assert with_interval(figure(0.5, 0.25), 2) == "0.50 ± 0.25"
@@ -319,7 +234,7 @@ def test_markers_and_colours_differ():
     assert len({(style % COLOURS, marker_points(style)) for style in range(COLOURS**2)}) == COLOURS**2
 
 
-def test_chart_of_layers_follows_the_model(results):
+def test_chart_of_layers_follows_the_model(results, LAYERS):
     results["runs"][2]["layers"] = results["runs"][2]["layers"][::2]  # a run that knows fewer layers
     plot = layer_plot(results["runs"][1:])
     assert [block[2] for block in plot.blocks] == ["conv_in", "down_blocks.0", "down_blocks.1", "mid_block", "conv_out"]
@@ -334,7 +249,7 @@ def test_chart_of_layers_takes_weights_where_outputs_are_unknown(results):
     assert layer_plot(results["runs"][1:]).title == "SQNR of each layer's weights"
 
 
-def test_many_blocks_are_named_by_their_first_part(results):
+def test_many_blocks_are_named_by_their_first_part(results, make_layer):
     for run in results["runs"][1:]:
         run["layers"] = [make_layer(f"blocks.{index}.to_q", 10.0) for index in range(30)]
     assert layer_plot(results["runs"][1:]).blocks == [(0, 29, "blocks")]
@@ -380,7 +295,7 @@ def test_speeds_stand_on_the_same_page(results, bench, tmp_path):
     assert "One step of a whole model unet" in made.prose
 
 
-def test_a_page_of_500_layers_stays_below_5_megabytes(results, tmp_path):
+def test_a_page_of_500_layers_stays_below_5_megabytes(results, tmp_path, make_layer):
     layers = [make_layer(f"transformer_blocks.{n // 10}.attention.to_q.{n % 10}", 5.0 + n / 50) for n in range(500)]
     counts = [(index * 7919) % 10_000 for index in range(64)]  # as uneven as can be
     for layer in layers:
@@ -412,145 +327,6 @@ def test_the_callers_style_does_not_reach_the_chart(results):
         assert matplotlib.rcParams["font.size"] == 30
 
 
-# Pictures
-
-
-def read(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_grid_puts_every_pixel_in_its_place(channels):
-    images = torch.rand(5, channels, 6, 4, generator=torch.Generator().manual_seed(0))
-    grid = read(grid_png(images, 3)).reshape(2 * 6 + GUTTER, 3 * 4 + 2 * GUTTER, channels)
-    seen = np.zeros(grid.shape[:2], bool)
-    for index, image in enumerate(images):
-        rows = slice(index // 3 * (6 + GUTTER), index // 3 * (6 + GUTTER) + 6)
-        columns = slice(index % 3 * (4 + GUTTER), index % 3 * (4 + GUTTER) + 4)
-        np.testing.assert_array_equal(grid[rows, columns], (image * 255).round().byte().permute(1, 2, 0).numpy())
-        seen[rows, columns] = True
-    assert (grid[~seen] == 128).all()  # gutters and the missing sixth image
-
-
-def test_grid_of_few_images_is_no_wider_than_they_are():
-    assert read(grid_png(torch.zeros(2, 1, 4, 4), 8)).shape == (4, 8 + GUTTER)
-
-
-def test_grid_clamps_what_lies_outside():
-    image = torch.tensor([[-1.0, 0.0, 0.5], [1.0, 2.0, math.nan]]).view(1, 1, 2, 3)
-    assert read(grid_png(image, 1)).tolist() == [[0, 0, 128], [255, 255, 0]]
-    assert read(grid_png(image.bfloat16(), 1)).tolist() == [[0, 0, 128], [255, 255, 0]]
-
-
-def test_grid_refuses_what_is_no_image():
-    for images in (torch.zeros(1, 2, 4, 4), torch.zeros(4, 4), torch.zeros(0, 1, 4, 4), torch.zeros(1, 1, 4, 4).byte()):
-        with pytest.raises(HalfbyteError, match=r"a grid needs float \(N, C, H, W\)"):
-            grid_png(images, 1)
-    with pytest.raises(HalfbyteError, match="at least 1 column, got 0"):
-        grid_png(torch.zeros(1, 1, 4, 4), 0)
-
-
-def test_data_uri():
-    png = grid_png(torch.zeros(1, 3, 5, 7), 1)
-    uri = data_uri(png)
-    assert base64.b64decode(uri.removeprefix("data:image/png;base64,")) == png
-    assert picture_size(uri) == (7, 5)
-
-
-# Results
-
-
-def places(value: object, path: tuple = ()) -> list[tuple]:
-    """The path of every key of the schema in results; of lists, the last entry."""
-    if isinstance(value, list):
-        return places(value[-1], (*path, len(value) - 1)) if value and path[-1] not in ("shape", "counts", "shifts") else []
-    if not isinstance(value, dict):
-        return []
-    free = path[-1:] in (("environment",), ("figures",), ("arguments",))
-    value = {key: entry for key, entry in value.items() if key not in ("input_codes", "weight_codes") or entry}
-    keys = [] if free else [(*path, key) for key in value]
-    return keys + [found for key, entry in value.items() for found in places(entry, (*path, key))]
-
-
-def test_every_missing_key_is_named(results):
-    assert check_results(results) is results
-    every = [path for path in places(results) if path[-1] not in ("input_codes", "weight_codes")]  # which may be missing
-    assert len(every) > 35
-    for path in every:
-        broken = copy.deepcopy(results)
-        parent = broken
-        for step in path[:-1]:
-            parent = parent[step]
-        del parent[path[-1]]
-        with pytest.raises(HalfbyteError, match=rf"'{path[-1]}'"):
-            check_results(broken)
-
-
-WRONG = {
-    "another schema": (("schema",), 1, "have schema 1, this halfbyte reads 2"),
-    "a number for a string": (("model",), 5, "results.model must be a string, got int 5"),
-    "a string for a number": (("runs", 1, "bits"), "4", r"results.runs\[1\].bits must be a number, got str '4'"),
-    "true for a number": (("settings", "seed"), True, "results.settings.seed must be a whole number, got bool True"),
-    "null for a number": (("runs", 1, "bits"), None, r"runs\[1\].bits must be a number, got NoneType None"),
-    "a fraction for a count": (("settings", "images"), 1.5, "images must be a whole number, got float 1.5"),
-    "no list": (("runs",), {}, "results.runs must be a list, got dict {}"),
-    "no run": (("runs",), [], "the first run must be the float model"),
-    "no mapping": (("runs", 0), "float", r"results.runs\[0\] must be a mapping"),
-    "half a pair": (("runs", 1, "sqnr_by_timestep"), [[3]], r"sqnr_by_timestep\[0\] must be a list of 2 numbers"),
-    "half a figure": (
-        ("runs", 1, "figures"),
-        {"psnr": {"value": 3, "low": None, "high": None}},
-        r"runs\[1\].figures\['psnr'\] has no 'bias'; it needs the keys 'bias', 'high', 'low', 'value'",
-    ),
-    "a published figure without a source": (("runs", 1, "published"), [{"figure": "psnr", "value": 3.0}], "has no 'source'"),
-    "numbers in the environment": (("environment",), {"threads": 2}, "environment\\['threads'\\] must be a string, got int 2"),
-    "half a choice": (("runs", 1, "layers", 0, "choice"), {"maxval": 1.0}, r"layers\[0\].choice has no "),
-    "half of the codes": (("runs", 1, "layers", 1, "weight_codes"), {"grid": "int4"}, r"weight_codes has no 'entropy', 'plain'"),
-    "no float model": (("runs", 0, "sqnr"), 3.0, r"results.runs\[0\] \('float'\) has an SQNR"),
-    "a picture from elsewhere": (("runs", 1, "images"), "https://example.org/x.png", r"runs\[1\].images must be null or a PNG"),
-    "a picture that is none": (("runs", 1, "images"), "data:image/png;base64,AAAA", r"runs\[1\].images must be null or a PNG"),
-    "a long value": (("model",), ["x"] * 99, r"got list \['x', .{30,33}…$"),
-}
-
-
-@pytest.mark.parametrize(("path", "value", "sentence"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_said(results, path, value, sentence, tmp_path):
-    parent = results
-    for step in path[:-1]:
-        parent = parent[step]
-    parent[path[-1]] = value
-    with pytest.raises(HalfbyteError, match=sentence):
-        write_report(results, tmp_path / "report.html")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("value", [None, [], {}, "results"])
-def test_other_files_are_no_results(value):
-    with pytest.raises(HalfbyteError, match="these are no results of halfbyte"):
-        check_results(value)
-
-
-def test_results_come_back_from_disk(results, tmp_path):
-    results["runs"][1]["sqnr"] = math.inf
-    save_results(results, tmp_path / "results.json")
-    assert load_results(tmp_path / "results.json") == results
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_unknown_keys_are_left_alone(results):
-    results["note"] = "by hand"
-    assert check_results(results)["note"] == "by hand"
-
-
-def test_results_that_cannot_be_read(tmp_path):
-    with pytest.raises(HalfbyteError, match=r"absent\.json cannot be read: No such file"):
-        load_results(tmp_path / "absent.json")
-    for content in (b"{", b"\xff\xfe"):
-        (tmp_path / "bad.json").write_bytes(content)
-        with pytest.raises(HalfbyteError, match=r"bad\.json is not JSON"):
-            load_results(tmp_path / "bad.json")
-
-
 # Files
 
 
@@ -574,14 +350,3 @@ def test_without_the_extra_the_pip_line_is_given(results, tmp_path, monkeypatch,
     with pytest.raises(MissingExtraError, match=r"pip install 'halfbyte\[report\]'"):
         write_report(results, tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
-
-
-def test_without_pillow_the_pip_line_is_given(monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'halfbyte\[eval\]'"):
-        grid_png(torch.zeros(1, 1, 4, 4), 1)
-
-
-def test_a_results_file_is_json_that_others_read(results, tmp_path):
-    save_results(results, tmp_path / "results.json")
-    assert json.loads((tmp_path / "results.json").read_bytes())["schema"] == 2

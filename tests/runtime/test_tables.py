@@ -175,3 +175,56 @@ def test_a_pipeline_with_scales_over_time_runs_any_sampler(pipe, tmp_path):
         ]
         assert (images[0] == images[1]).all()
         assert images[0].std() > 0
+
+
+SAMPLERS = {
+    "DDIM, few steps": ("DDIMScheduler", 3),
+    "DDIM, many steps": ("DDIMScheduler", 50),
+    "ancestral": ("DDPMScheduler", 7),
+    "DPM-Solver": ("DPMSolverMultistepScheduler", 8),
+    "Euler, fractions of steps": ("EulerDiscreteScheduler", 6),
+}
+
+
+@pytest.fixture(scope="module")
+def quest():
+    """A packed denoiser whose preset was calibrated at four timesteps of DDIM."""
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
+    pipe = DDIMPipeline(UNet2DModel(8, 1, 1, layers_per_block=1, **blocks).eval(), DDIMScheduler())
+    hb.quantize(pipe, "quest-w4a8", calibration=2, steps=4)
+    return pipe.unet
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers with numpy 2
+@pytest.mark.parametrize(("kind", "steps"), SAMPLERS.values(), ids=SAMPLERS)
+@torch.no_grad()
+def test_in_any_sampler_every_call_has_the_scales_of_the_nearest_timestep_at_or_above(quest, kind, steps):
+    import diffusers
+
+    layer, scheduler = quest.mid_block.resnets[0].conv1, getattr(diffusers, kind)()
+    calibrated = list(layer.timestep.calibrated)
+    assert len(calibrated) == len(layer.activation_scale.unique()) == 4
+    scheduler.set_timesteps(steps)
+    assert not set(scheduler.timesteps.tolist()) <= set(calibrated)
+    sample = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        made = quest(scheduler.scale_model_input(sample, timestep), timestep).sample
+        above = [row for row, known in enumerate(calibrated) if known >= timestep]
+        assert layer.fixed_scale().scale == layer.activation_scale[above[0] if above else -1], timestep
+        sample = scheduler.step(made, timestep, sample).prev_sample
+    assert sample.isfinite().all()
+
+
+def test_a_checkpoint_without_one_of_its_tables_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = hb.save(made(GRIDS[0]), tmp_path / "out")
+    (shard,) = folder.glob("*.safetensors")
+    tensors = load_file(shard)
+    del tensors["inner.activation_scale"]
+    save_file(tensors, shard)
+    with pytest.raises(CorruptError, match="truncated or altered"):
+        hb.load(folder, into=Denoiser())

@@ -4,19 +4,24 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from halfbyte.budget import amount
 from halfbyte.checkpoint import write_file
+from halfbyte.latency import FLOAT, Latency
 from halfbyte.report.page import environment
-from halfbyte.sensitivity import Sensitivity, averages
+from halfbyte.sensitivity import Sensitivity
 
 COLD, HOT = 50.0, 5.0  # dB: where the colours end
 MOST = 16  # rows that are shown at first
 
 
-def write_heatmap(found: Sensitivity, path: str | Path, widths: Mapping[str, str] | None = None) -> None:
+def write_heatmap(
+    found: Sensitivity, path: str | Path, widths: Mapping[str, str] | None = None, latency: Latency | None = None
+) -> None:
     """Write the page, whole or not at all.
 
     Args:
-        widths: what `sensitivity.spend` gave the layers, where a budget was spent.
+        widths: what `budget.spend` gave the layers, where a budget was spent.
+        latency: of this machine, where its time was limited.
     Raises:
         CheckpointError: when the file cannot be written. MissingExtraError: without jinja2.
     """
@@ -32,8 +37,10 @@ def write_heatmap(found: Sensitivity, path: str | Path, widths: Mapping[str, str
         hot=HOT,
         families=sorted(found.families, key=lambda family: -family.total(first)),
         widths=widths,
-        averages=averages(found, widths) if widths else None,
-        counts=[(width, list(widths.values()).count(width)) for width in found.ladder] if widths else [],
+        amounts={unit: amount(found, widths, unit) for unit in ("bits", "activation-bits", "MB")} if widths else {},
+        counts=[(width, list(widths.values()).count(width)) for width in (*found.ladder, FLOAT)] if widths else [],
+        latency=latency,
+        step=latency.predict(widths) if widths and latency else None,
     )
     write_file(path, page.encode())
 
