@@ -9,6 +9,7 @@ Codes stay in the checkpoint's order. Nothing here waits for the GPU, so that CU
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -32,7 +33,7 @@ INPUT_NUMBERS = 8  # of `Plan.grids`: what the input's grid takes; the rest is t
 class Plan(Geometry):
     """How the kernels run one layer."""
 
-    grids: tuple[int, ...]  # the fields of triton_kernels.InputGrid, then those of WeightGrid
+    grids: tuple[int, ...]  # the fields of launches.InputGrid, then those of WeightGrid
 
 
 def interpreting() -> bool:
@@ -52,10 +53,10 @@ def missing() -> str | None:
 
 @cache
 def kernels() -> ModuleType:
-    """The module of the kernels; importing it imports triton."""
-    from halfbyte.runtime import triton_kernels
+    """The module that launches the kernels; importing it imports triton."""
+    from halfbyte.runtime import launches
 
-    return triton_kernels
+    return launches
 
 
 def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
@@ -83,8 +84,8 @@ def _input_grid(spec: ActivationSpec) -> tuple[int, ...]:
 
 def _weight_grid(spec: WeightSpec) -> tuple[int, ...]:
     grid = get_grid(spec.grid)
-    mantissa = -1 if grid.coding == "twos-complement" else 2 if grid.contiguous else grid.mantissa_bits or 0
-    return grid.bits, mantissa, spec.subgroup if spec.max_shift else 0
+    table = 0 if grid.coding == "twos-complement" else int.from_bytes(bytes(grid.magnitudes), "little")
+    return grid.bits, table, spec.subgroup if spec.max_shift else 0
 
 
 def takes(x: Tensor) -> bool:
@@ -122,14 +123,22 @@ def _grids(numbers: Sequence[int]) -> tuple[Any, Any]:
     return kernels().InputGrid(*given), kernels().WeightGrid(*numbers[INPUT_NUMBERS:])
 
 
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whichever device its arguments are on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def _linear(
-    x: Tensor, codes: Tensor, shifts: Tensor | None, weight_scale: Tensor, bias: Tensor | None, grids: Sequence[int], *fixed: Any
-) -> Tensor:
-    y = _linear_output(x, codes)
-    if not y.numel():
-        return y
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return kernels().linear(rows, codes, shifts, weight_scale, bias, _grids(grids), *fixed).view(y.shape)  # type: ignore[no-any-return]
+    x: Tensor, codes: Tensor, shifts: Tensor | None, weight_scale: Tensor, bias: Tensor | None, grids: Sequence[int],
+    scale: Tensor | None = None, zero: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if not x.numel():
+        return _linear_output(x, codes)
+    input_grid, weight_grid = _grids(grids)
+    weights = kernels().Weights(codes, shifts, weight_scale, bias, weight_grid)
+    with _on_device_of(x):
+        y = kernels().linear(x.reshape(-1, x.shape[-1]).contiguous(), weights, input_grid, (scale, zero))
+    return y.view(*x.shape[:-1], len(codes))  # type: ignore[no-any-return]
 
 
 def _linear_output(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
@@ -138,14 +147,15 @@ def _linear_output(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
 
 def _conv2d(
     x: Tensor, sizes: Sequence[int], channels_last: bool, codes: Tensor, shifts: Tensor | None, weight_scale: Tensor,
-    bias: Tensor | None, grids: Sequence[int], *fixed: Any,
+    bias: Tensor | None, grids: Sequence[int], scale: Tensor | None = None, zero: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    y = _conv2d_output(x, sizes, channels_last)
-    if not y.numel():
-        return y
-    images = x.permute(0, 2, 3, 1).contiguous()
-    shape = (*sizes[2:8], sizes[8], sizes[10], *y.shape[2:])
-    found = kernels().conv2d(images, shape, codes, shifts, weight_scale, bias, _grids(grids), *fixed).permute(0, 3, 1, 2)
+    if not x.numel():
+        return _conv2d_output(x, sizes, channels_last)
+    input_grid, weight_grid = _grids(grids)
+    weights = kernels().Weights(codes, shifts, weight_scale, bias, weight_grid)
+    shape = (*sizes[2:12], *output_size(x.shape[2:], sizes[2:4], sizes[4:6], sizes[6:8], sizes[8:12]))
+    with _on_device_of(x):
+        found = kernels().conv2d(x.permute(0, 2, 3, 1).contiguous(), shape, weights, input_grid, (scale, zero)).permute(0, 3, 1, 2)
     return found if channels_last else found.contiguous()  # type: ignore[no-any-return]
 
 
