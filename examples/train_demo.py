@@ -262,6 +262,7 @@ class Trainer:
             folder = self.options.output / name
             if folder.exists():
                 self.accelerator.load_state(str(folder))
+                self.ema.to(self.accelerator.device)  # accelerate reads what is registered onto the CPU
                 self.accelerator.print(f"continuing from step {self.clock.step}, {self.clock.seconds / 60:.0f} min in")
                 return
 

@@ -1,6 +1,6 @@
 """The GPU backend: which packed layers the Triton kernels take, and the two torch operators they are reached by.
 
-    halfbyte::triton_linear    x (..., K)       -> (..., N)          in the dtype of x
+    halfbyte::triton_linear    x (..., K)       -> (..., N)          in the dtype of x; gelu = 1: its GELU, 2: approximated by tanh
     halfbyte::triton_conv2d    x (B, C, H, W)   -> (B, N, H', W')    in the dtype of x; channels-last or contiguous, as asked
 
 Codes stay in the checkpoint's order. Nothing here waits for the GPU, so that CUDA graphs can hold a whole model.
@@ -72,17 +72,19 @@ def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
     found = geometry_of(layer)
     if found.sizes[-1] != 1:
         return "the GPU engine has no grouped convolutions"
-    return Plan(found.sizes, found.grow, found.grow_mode, (*_input_grid(spec.activation), *_weight_grid(spec.weight)))
+    return Plan(found.sizes, found.grow, found.grow_mode, (*input_numbers(spec.activation), *weight_numbers(spec.weight)))
 
 
-def _input_grid(spec: ActivationSpec) -> tuple[int, ...]:
+def input_numbers(spec: ActivationSpec) -> tuple[int, ...]:
+    """How an input is rounded, as the operators take it: the fields of launches.InputGrid."""
     grid = get_grid(spec.grid)
     mantissa = -1 if grid.contiguous else grid.mantissa_bits or 0
     shifts = (spec.max_shift, spec.subgroup if spec.max_shift else 1, int(spec.rounding == "truncate"))
     return grid.bottom, grid.top, mantissa, int(grid.signed), spec.top, *shifts
 
 
-def _weight_grid(spec: WeightSpec) -> tuple[int, ...]:
+def weight_numbers(spec: WeightSpec) -> tuple[int, ...]:
+    """How codes become integers: the fields of launches.WeightGrid."""
     grid = get_grid(spec.grid)
     table = 0 if grid.coding == "twos-complement" else int.from_bytes(bytes(grid.magnitudes), "little")
     return grid.bits, table, spec.subgroup if spec.max_shift else 0
@@ -113,7 +115,7 @@ def forward(layer: Any, plan: Plan, x: Tensor, chosen: int = 0, fixed: FixedScal
 
 
 _WEIGHTS = "Tensor codes, Tensor? shifts, Tensor weight_scale, Tensor? bias, int[] grids, Tensor? scale=None, Tensor? zero=None"
-LIBRARY.define(f"triton_linear(Tensor x, {_WEIGHTS}) -> Tensor")
+LIBRARY.define(f"triton_linear(Tensor x, {_WEIGHTS}, int gelu=0) -> Tensor")
 LIBRARY.define(f"triton_conv2d(Tensor x, int[] sizes, bool channels_last, {_WEIGHTS}) -> Tensor")
 
 
@@ -130,14 +132,14 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
 
 def _linear(
     x: Tensor, codes: Tensor, shifts: Tensor | None, weight_scale: Tensor, bias: Tensor | None, grids: Sequence[int],
-    scale: Tensor | None = None, zero: Tensor | None = None,
+    scale: Tensor | None = None, zero: Tensor | None = None, gelu: int = 0,
 ) -> Tensor:  # fmt: skip
     if not x.numel():
         return _linear_output(x, codes)
     input_grid, weight_grid = _grids(grids)
     weights = kernels().Weights(codes, shifts, weight_scale, bias, weight_grid)
     with _on_device_of(x):
-        y = kernels().linear(x.reshape(-1, x.shape[-1]).contiguous(), weights, input_grid, (scale, zero))
+        y = kernels().linear(x.reshape(-1, x.shape[-1]).contiguous(), weights, input_grid, (scale, zero), gelu)
     return y.view(*x.shape[:-1], len(codes))  # type: ignore[no-any-return]
 
 

@@ -75,12 +75,16 @@ class Weights:
     bias: Tensor | None
     grid: WeightGrid
 
-    def stored(self) -> tuple[Tensor, Tensor]:
-        return self.codes, self.codes if self.shifts is None else self.shifts
+    def even_first(self, channels: int) -> bool:
+        """Whether codes are decoded by words, and both operands have the even places of each eight along K first."""
+        words = self.grid.bits == 4 and self.grid.table in (0, kernels.COUNTING.value) and self.grid.subgroup % 8 == 0
+        return words and channels % 8 == 0
 
-    def pitches(self) -> tuple[int, int]:
-        """Bytes from one row to the next, of codes and of shifts."""
-        return self.codes.shape[1], 0 if self.shifts is None else self.shifts.shape[1]
+    def arguments(self, even_first: bool) -> tuple[tuple[Tensor, Tensor], tuple[int, int], dict[str, Any]]:
+        """Codes and shifts; what is from one row to the next, of both; and the constants of kernels that decode."""
+        codes = self.codes.view(torch.int32) if even_first else self.codes
+        shifts, pitch = (codes, 0) if self.shifts is None else (self.shifts, self.shifts.shape[1])
+        return (codes, shifts), (codes.shape[1], pitch), {"EVEN_FIRST": even_first, **self.grid.constants()}
 
     def ends(self) -> tuple[Tensor, Tensor]:
         return self.scale, self.scale if self.bias is None else self.bias
@@ -97,7 +101,7 @@ class Stored:
 
 def quantize(
     x: Tensor, grid: InputGrid, fixed: tuple[Tensor | None, Tensor | None] = (None, None),
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0), clear: Tensor | None = None, images: bool = True,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0), clear: Tensor | None = None, images: bool = True, even_first: bool = False,
 ) -> Stored:  # fmt: skip
     """Integers of an input, as the matrix units take them.
 
@@ -107,6 +111,7 @@ def quantize(
         padding: rows above and below, columns left and right, of zeros.
         clear: int32, set to zero on the way.
         images: whether r counts images; else tokens, of one pixel each.
+        even_first: whether the even places of each eight channels are stored before the odd ones.
     """
     (count, height, width, channels), (top, bottom, left, right) = x.shape, padding
     shape = (count, height + top + bottom, width + left + right, channels)
@@ -116,7 +121,9 @@ def quantize(
     chunks = CHUNKS if size > 4 * RANGE_BLOCK else 1
     if images:
         ranges = x.new_empty((count, 3, chunks), dtype=torch.float32)
-        kernels.range_kernel[(count, chunks)](x, ranges, size, CHUNKS=chunks, BLOCK=RANGE_BLOCK, num_warps=8, **EXACT)
+        kernels.range_kernel[(count, chunks)](
+            x, ranges, height * width, channels, CHUNKS=chunks, BLOCK=RANGE_BLOCK, num_warps=8, **EXACT
+        )
     block_c = max(32, min(8192, power_of_two(channels)))
     block_m = max(1, 4096 // block_c) if images else 1
     blocks = blocks_of(shape[1] * shape[2], block_m)
@@ -125,22 +132,23 @@ def quantize(
         x, ranges, scales if scale is None else scale, scales if zero is None else zero, stored, scales, zeros,
         zeros if clear is None else clear, blocks, 0 if clear is None else clear.numel(), channels,
         height, width, shape[1], shape[2], TOP_PAD=top, LEFT_PAD=left, IMAGES=images, FIXED=scale is not None,
-        CHUNKS=chunks, BLOCK_M=block_m, BLOCK_C=block_c, WHOLE=channels <= block_c,
+        CHUNKS=chunks, BLOCK_M=block_m, BLOCK_C=block_c, WHOLE=channels <= block_c, EVEN_FIRST=even_first,
         num_warps=max(1, min(8, block_m * block_c // 512)), **grid.constants(), **EXACT,
     )  # fmt: skip
     return Stored(stored, scales, zeros)
 
 
-def decode(weights: Weights, count: int, sums: bool) -> tuple[Tensor, Tensor]:
+def decode(weights: Weights, count: int, sums: bool, even_first: bool = False) -> tuple[Tensor, Tensor]:
     """Integers of codes: int8 (N, K) and, where asked for, their sums over K, int32 (N,)."""
     codes, grid = weights.codes, weights.grid
     whole = grid.bits == 8
     levels = codes.view(torch.int8) if whole else codes.new_empty((len(codes), count), dtype=torch.int8)
     total = codes.new_empty(len(codes), dtype=torch.int32)
     if sums or not whole:
+        stored, pitches, constants = weights.arguments(even_first)
         kernels.decode_kernel[(blocks_of(len(codes), 4),)](
-            *weights.stored(), levels, total, len(codes), count, *weights.pitches(),
-            SUMS=sums, BLOCK_N=4, BLOCK_K=1024, num_warps=4, **grid.constants(), **EXACT,
+            *stored, levels, total, len(codes), count, *pitches,
+            SUMS=sums, BLOCK_N=4, BLOCK_K=1024, num_warps=4, **constants, **EXACT,
         )  # fmt: skip
     return levels, total
 
@@ -156,7 +164,7 @@ def linear(
     rows = len(x)
     if rows <= FEW_ROWS:
         return _few_rows(x, weights, grid, fixed, gelu)
-    stored = quantize(x[:, None, None], grid, fixed, images=False)
+    stored = quantize(x[:, None, None], grid, fixed, images=False, even_first=weights.even_first(x.shape[1]))
     y = x.new_empty((rows, len(weights.codes)))
     _product(stored, y, weights, grid, gelu, {"IMAGES": False, "TAPS": 1, "KERNEL_W": 1})
     return y
@@ -167,16 +175,17 @@ def _few_rows(x: Tensor, weights: Weights, grid: InputGrid, fixed: tuple[Tensor 
     candidates = [Tiles(max(16, power_of_two(rows)), one.n, one.k, one.warps, one.stages) for one in FEW]
     sums = rows * outputs
     partial = x.new_empty(sums + blocks_of(outputs, min(one.n for one in FEW)), dtype=torch.int32)  # and a counter a tile
-    stored = quantize(x[:, None, None], grid, fixed, clear=partial, images=False)
-    y = x.new_empty((rows, outputs))
+    even_first = weights.even_first(count)
+    stored = quantize(x[:, None, None], grid, fixed, clear=partial, images=False, even_first=even_first)
+    y, (operands, pitches, constants) = x.new_empty((rows, outputs)), weights.arguments(even_first)
 
     def launch(tiles: Tiles, partial: Tensor) -> None:
         across, steps = blocks_of(outputs, tiles.n), blocks_of(count, tiles.k)
         split = max(1, min(steps, 2 * limits.processors // across))
         kernels.few_rows_kernel[(1, across, split)](
-            stored.levels, stored.scales, stored.zeros, *weights.stored(), *weights.ends(), y, partial, partial[sums:],
-            rows, outputs, count, *weights.pitches(), SIGNED=grid.signed, BIAS=weights.bias is not None, GELU=gelu, SPLIT=split > 1,
-            **weights.grid.constants(), **tiles.constants(), **EXACT,
+            stored.levels, stored.scales, stored.zeros, *operands, *weights.ends(), y, partial, partial[sums:],
+            rows, outputs, count, *pitches, SIGNED=grid.signed, BIAS=weights.bias is not None, GELU=gelu, SPLIT=split > 1,
+            **constants, **tiles.constants(), **EXACT,
         )  # fmt: skip
 
     key = "few", x.device, candidates[0].m, x.dtype, outputs, count, grid, weights.grid
@@ -193,7 +202,7 @@ def conv2d(
         sizes: kernel, stride, dilation (h, w each), padding (top, bottom, left, right), and the output's height and width.
     """
     kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, top, bottom, left, right, out_height, out_width = sizes
-    stored = quantize(x, grid, fixed, (top, bottom, left, right))
+    stored = quantize(x, grid, fixed, (top, bottom, left, right), even_first=weights.even_first(x.shape[-1]))
     y = x.new_empty((x.shape[0], out_height, out_width, len(weights.codes)))
     place = {"STRIDE_H": stride_h, "STRIDE_W": stride_w, "DILATION_H": dilation_h, "DILATION_W": dilation_w}
     _product(stored, y, weights, grid, 0, {"IMAGES": True, "TAPS": kernel_h * kernel_w, "KERNEL_W": kernel_w, **place})
@@ -205,7 +214,7 @@ def _product(stored: Stored, y: Tensor, weights: Weights, grid: InputGrid, gelu:
     _, height, width, channels = stored.levels.shape
     outputs, limits = y.shape[-1], card(y.device)
     rows = y.numel() // outputs
-    levels, sums = decode(weights, place["TAPS"] * channels, not grid.signed)
+    levels, sums = decode(weights, place["TAPS"] * channels, not grid.signed, weights.even_first(channels))
     out_height, out_width = y.shape[1:3] if place["IMAGES"] else (1, 1)
     constants = {"STRIDE_H": 1, "STRIDE_W": 1, "DILATION_H": 1, "DILATION_W": 1} | place
 

@@ -8,7 +8,9 @@
 
 Matrix units multiply signed bytes, and levels of unsigned grids reach 255. Those are stored as level - 128; what is missing,
 (128 - zero) * sum_k W[n, k], is added to the sum. Signed levels are stored as they are, with zero 128 to leave nothing to add.
-Images are stored with their padding around them (the level of zero), so that the product needs no masks.
+Where codes count (int4, lzs4) and K is a multiple of 8, four are decoded at once, as bytes of a word: EVEN_FIRST. Both operands
+then have the even places of each eight along K before the odd ones; a sum does not mind. Images are stored with their padding
+around them (the level of zero), so that the product needs no masks.
 
 Sums are exact int32, so neither tiles nor the order of additions change a bit. `launches.py` calls these kernels. Without a GPU
 they run in Triton's interpreter (TRITON_INTERPRET=1, set before this module is imported).
@@ -17,6 +19,7 @@ they run in Triton's interpreter (TRITON_INTERPRET=1, set before this module is 
 import triton
 import triton.language as tl
 
+TOPS: tl.constexpr = tl.constexpr(0x80808080 - (1 << 32))  # the top bit of each byte
 COUNTING: tl.constexpr = tl.constexpr(0x0706050403020100)  # the table of the magnitudes 0 to 7
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # the smallest scale whose reciprocal is finite
 INFINITE: tl.constexpr = tl.constexpr(0x7F800000)  # bits of float32 infinity; NaN is above
@@ -56,7 +59,7 @@ def _encode(
     values, scale, zero, BOTTOM: tl.constexpr, TOP: tl.constexpr, MANTISSA: tl.constexpr, SIGNED: tl.constexpr,
     LARGEST: tl.constexpr, MAX_SHIFT: tl.constexpr, SUBGROUP: tl.constexpr, TRUNCATE: tl.constexpr,
 ):  # fmt: skip
-    """`quantizers._quantize_rows`: float32 (m, c) to the integers that are stored, float32; scale and zero (m, 1)."""
+    """`quantizers._quantize_rows`: float32 (m, c) to the integers that are stored, float32; scale and zero (m, 1) or (1, 1)."""
     units = values * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     units = tl.where((units.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < INFINITE, units, 0.0)
     if not SIGNED:
@@ -106,10 +109,10 @@ def _widen(values, low, high, bits):
     return low, high, tl.maximum(bits, tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True))
 
 
-@triton.jit(do_not_specialize=["values"])
-def range_kernel(x, ranges, values, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["pixels"])
+def range_kernel(x, ranges, pixels, channels, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """Low, high and bits of the largest magnitude of each of CHUNKS stretches of an image; ranges float32 (images, 3, CHUNKS)."""
-    image, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    image, chunk, values = tl.program_id(0).to(tl.int64), tl.program_id(1), pixels * channels
     low, high = tl.full((1, 1), 0.0, tl.float32), tl.full((1, 1), 0.0, tl.float32)
     bits = tl.full((1, 1), 0, tl.int32)
     for start in range(chunk * BLOCK, values, CHUNKS * BLOCK):
@@ -128,11 +131,20 @@ def _range_of_image(ranges, image, CHUNKS: tl.constexpr):
     return low, high, tl.max(tl.load(part + 2 * CHUNKS).to(tl.int32, bitcast=True), 1, keep_dims=True)
 
 
+@triton.jit
+def _reorder(levels, EVEN_FIRST: tl.constexpr):
+    if EVEN_FIRST:
+        ROWS: tl.constexpr = levels.shape[0]
+        COLUMNS: tl.constexpr = levels.shape[1]
+        return tl.reshape(tl.permute(tl.reshape(levels, (ROWS, COLUMNS // 8, 4, 2)), (0, 1, 3, 2)), (ROWS, COLUMNS))
+    return levels
+
+
 @triton.jit(do_not_specialize=["blocks", "cleared", "height", "width", "stored_height", "stored_width"])
 def quantize_kernel(
     x, ranges, fixed_scale, fixed_zero, stored, scales, zeros, clear, blocks, cleared, channels,
     height, width, stored_height, stored_width, TOP_PAD: tl.constexpr, LEFT_PAD: tl.constexpr,
-    IMAGES: tl.constexpr, FIXED: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
+    IMAGES: tl.constexpr, FIXED: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, EVEN_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, MANTISSA: tl.constexpr, SIGNED: tl.constexpr, LARGEST: tl.constexpr,
     MAX_SHIFT: tl.constexpr, SUBGROUP: tl.constexpr, TRUNCATE: tl.constexpr,
@@ -176,12 +188,13 @@ def quantize_kernel(
         if IMAGES:
             values = tl.load(source + at, mask=inside & (at < channels), other=0.0).to(tl.float32)
         levels = _encode(values, scale, zero, BOTTOM, TOP, MANTISSA, SIGNED, LARGEST, MAX_SHIFT, SUBGROUP, TRUNCATE)
-        tl.store(target + at, tl.where(inside, levels, border).to(tl.int8), mask=there & (at < channels))
+        levels = _reorder(tl.where(inside, levels, border).to(tl.int8), EVEN_FIRST)
+        tl.store(target + at, levels, mask=there & (at < channels))
     else:
         for start in range(0, channels, BLOCK_C):
             values = tl.load(source + start + at, mask=inside & (start + at < channels), other=0.0).to(tl.float32)
             levels = _encode(values, scale, zero, BOTTOM, TOP, MANTISSA, SIGNED, LARGEST, MAX_SHIFT, SUBGROUP, TRUNCATE)
-            levels = tl.where(inside, levels, border).to(tl.int8)
+            levels = _reorder(tl.where(inside, levels, border).to(tl.int8), EVEN_FIRST)
             tl.store(target + start + at, levels, mask=there & (start + at < channels))
 
 
@@ -197,39 +210,81 @@ def _level(code, TABLE: tl.constexpr):
 
 
 @triton.jit
+def _four(nibbles, shift, TABLE: tl.constexpr, SHIFTED: tl.constexpr):
+    """The integers, in the bytes of a word, of the codes in the bytes of a word. With 128 added no byte borrows from the next."""
+    if TABLE == 0:
+        found = (((nibbles ^ 0x08080808) | TOPS) - 0x08080808) ^ TOPS
+    else:
+        magnitude = nibbles & 0x07070707
+        negative = magnitude & (((nibbles >> 3) & 0x01010101) * 7)
+        found = (magnitude - 2 * negative + TOPS) ^ TOPS
+    if SHIFTED:
+        found = (found << shift) & (((255 << shift) & 255) * 0x01010101)
+    return found
+
+
+@triton.jit
+def _bytes(word):
+    """(..., 2, 2) int8: the bytes of words."""
+    first, last = tl.join(word.to(tl.int8), (word >> 16).to(tl.int8)), tl.join((word >> 8).to(tl.int8), (word >> 24).to(tl.int8))
+    return tl.join(first, last)
+
+
+@triton.jit
+def _shifts(
+    shifts, n, start, outputs, pitch, SUBGROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, EACH: tl.constexpr
+):
+    """Of BLOCK_K weights from K = start, one for every EACH of them: int32 (BLOCK_N, BLOCK_K // EACH)."""
+    GROUPS: tl.constexpr = BLOCK_K // SUBGROUP if SUBGROUP < BLOCK_K else 1
+    group = start // SUBGROUP + tl.arange(0, GROUPS)[None, :]
+    place = shifts + n.to(tl.int64) * pitch + group // 2
+    found = (tl.load(place, mask=(n < outputs) & (group // 2 < pitch), other=0).to(tl.int32) >> (4 * (group % 2))) & 15
+    return tl.reshape(tl.broadcast_to(found[:, :, None], (BLOCK_N, GROUPS, BLOCK_K // EACH // GROUPS)), (BLOCK_N, BLOCK_K // EACH))
+
+
+@triton.jit
 def _weights(
-    codes, shifts, n, start, outputs, code_pitch, shift_pitch,
-    BITS: tl.constexpr, TABLE: tl.constexpr, SUBGROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    codes, shifts, n, start, outputs, code_pitch, shift_pitch, BITS: tl.constexpr, TABLE: tl.constexpr, SUBGROUP: tl.constexpr,
+    EVEN_FIRST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Integers int8 (BLOCK_N, BLOCK_K) of the codes of rows n (BLOCK_N, 1), from K = start, a multiple of BLOCK_K."""
+    """Integers int8 (BLOCK_N, BLOCK_K) of the codes of rows n (BLOCK_N, 1), from K = start, a multiple of BLOCK_K.
+
+    Codes are bytes, or words where EVEN_FIRST; code_pitch counts the same.
+    """
+    EACH: tl.constexpr = 1 if BITS == 8 else 8 if EVEN_FIRST else 2
+    at = start // EACH + tl.arange(0, BLOCK_K // EACH)[None, :]
+    found = tl.load(codes + n.to(tl.int64) * code_pitch + at, mask=(n < outputs) & (at < code_pitch), other=0)
     if BITS == 8:
-        k = start + tl.arange(0, BLOCK_K)[None, :]
-        whole = tl.load(codes + n.to(tl.int64) * code_pitch + k, mask=(n < outputs) & (k < code_pitch), other=0)
-        return whole.to(tl.int8, bitcast=True)
-    byte = start // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-    both = tl.load(codes + n.to(tl.int64) * code_pitch + byte, mask=(n < outputs) & (byte < code_pitch), other=0).to(tl.int32)
-    levels = tl.reshape(tl.join(_level(both & 15, TABLE), _level(both >> 4, TABLE)), (BLOCK_N, BLOCK_K))
-    if SUBGROUP > 0:
-        GROUPS: tl.constexpr = BLOCK_K // SUBGROUP if SUBGROUP < BLOCK_K else 1
-        group = start // SUBGROUP + tl.arange(0, GROUPS)[None, :]
-        place = shifts + n.to(tl.int64) * shift_pitch + group // 2
-        shift = tl.load(place, mask=(n < outputs) & (group // 2 < shift_pitch), other=0).to(tl.int32)
-        shift = (shift >> (4 * (group % 2))) & 15
-        levels = tl.reshape(tl.reshape(levels, (BLOCK_N, GROUPS, BLOCK_K // GROUPS)) << shift[:, :, None], (BLOCK_N, BLOCK_K))
-    return levels.to(tl.int8)
+        levels = found.to(tl.int8, bitcast=True)
+    elif EVEN_FIRST:
+        shift = found
+        if SUBGROUP > 0:
+            shift = _shifts(shifts, n, start, outputs, shift_pitch, SUBGROUP, BLOCK_K, BLOCK_N, 8)
+        even = _bytes(_four(found & 0x0F0F0F0F, shift, TABLE, SUBGROUP > 0))
+        odd = _bytes(_four((found >> 4) & 0x0F0F0F0F, shift, TABLE, SUBGROUP > 0))
+        levels = tl.reshape(tl.permute(tl.join(even, odd), (0, 1, 4, 2, 3)), (BLOCK_N, BLOCK_K))
+    else:
+        both = found.to(tl.int32)
+        levels = tl.reshape(tl.join(_level(both & 15, TABLE), _level(both >> 4, TABLE)), (BLOCK_N, BLOCK_K))
+        if SUBGROUP > 0:
+            levels = levels << _shifts(shifts, n, start, outputs, shift_pitch, SUBGROUP, BLOCK_K, BLOCK_N, 1)
+        levels = levels.to(tl.int8)
+    return levels
 
 
 @triton.jit(do_not_specialize=["shift_pitch"])
 def decode_kernel(
     codes, shifts, levels, sums, outputs, count, code_pitch, shift_pitch,
-    BITS: tl.constexpr, TABLE: tl.constexpr, SUBGROUP: tl.constexpr, SUMS: tl.constexpr,
+    BITS: tl.constexpr, TABLE: tl.constexpr, SUBGROUP: tl.constexpr, EVEN_FIRST: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Integers (N, K) int8 of 4-bit codes, and with SUMS their sums over K, int32 (N,)."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     total = tl.zeros((BLOCK_N, 1), tl.int32)
     for start in range(0, count, BLOCK_K):
-        found = _weights(codes, shifts, n, start, outputs, code_pitch, shift_pitch, BITS, TABLE, SUBGROUP, BLOCK_N, BLOCK_K)
+        found = _weights(
+            codes, shifts, n, start, outputs, code_pitch, shift_pitch, BITS, TABLE, SUBGROUP, EVEN_FIRST, BLOCK_N, BLOCK_K
+        )
         if BITS == 4:
             k = start + tl.arange(0, BLOCK_K)[None, :]
             tl.store(levels + n.to(tl.int64) * count + k, found, mask=(n < outputs) & (k < count))
@@ -264,7 +319,8 @@ def _finish(total, m, n, image, rows, scales, weight_scale, bias, y, outputs, BI
 @triton.jit(do_not_specialize=["rows", "shift_pitch"])
 def few_rows_kernel(
     stored, scales, zeros, codes, shifts, weight_scale, bias, y, partial, counters, rows, outputs, count, code_pitch, shift_pitch,
-    BITS: tl.constexpr, TABLE: tl.constexpr, SUBGROUP: tl.constexpr, SIGNED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
+    BITS: tl.constexpr, TABLE: tl.constexpr, SUBGROUP: tl.constexpr, EVEN_FIRST: tl.constexpr,
+    SIGNED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A product whose codes are decoded in registers. Programs that share a tile each add a part of K; the last one finishes it."""
@@ -275,7 +331,7 @@ def few_rows_kernel(
     for start in range(tl.program_id(2) * BLOCK_K, count, tl.num_programs(2) * BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)[None, :]
         a = tl.load(stored + m.to(tl.int64) * count + k, mask=(m < rows) & (k < count), other=0)
-        b = _weights(codes, shifts, n, start, outputs, code_pitch, shift_pitch, BITS, TABLE, SUBGROUP, BLOCK_N, BLOCK_K)
+        b = _weights(codes, shifts, n, start, outputs, code_pitch, shift_pitch, BITS, TABLE, SUBGROUP, EVEN_FIRST, BLOCK_N, BLOCK_K)
         total = tl.dot(a, tl.trans(b), total, out_dtype=tl.int32)
         if not SIGNED:
             weight_sum += tl.sum(b.to(tl.int32), 1, keep_dims=True)
