@@ -301,8 +301,8 @@ class Trainer:
         options, clock = self.options, self.clock
         return (
             f"# {self.options.output.resolve().name}\n\n"
-            f"A denoiser of {parameters / 1e6:.1f} million parameters (averaged weights, bf16), trained by `examples/train_demo.py` on "
-            f"`{options.data.name}` ({len(self.clean)} images): {clock.step} steps of {options.batch_size} images, "
+            f"A denoiser of {parameters / 1e6:.1f} million parameters (averaged, bf16), trained by `examples/train_demo.py` "
+            f"on `{options.data.name}` ({len(self.clean)} images): {clock.step} steps of {options.batch_size} images, "
             f"{clock.seconds / 3600:.1f} hours, {options.prediction}, peak learning rate {options.learning_rate:g}, "
             f"seed {options.seed}.\n\n![Samples, 50 steps of DDIM](samples.png)\n"
         )

@@ -46,7 +46,8 @@ TARGETS = {
     "sm_120": Target(GPUTarget("cuda", 120, 32), Card(170, 99 << 10), r"IMMA\.16832\.S8\.S8"),  # RTX 5090
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), Card(304, 64 << 10), r"v_mfma_i32_\w+_i8"),  # MI300
 }
-FULLY = ("lzs4<<4/16", "e2m1")  # weights of which all tilings are compiled: one grid that is decoded by words, one that is not
+# Weights of which all tilings are compiled, with inputs of this kind: one grid that is decoded by words, one that is not.
+FULLY = {"lzs4<<4/16": "signed", "e2m1": "unsigned"}
 PRODUCTS = ("product_kernel", "few_rows_kernel")
 
 
@@ -88,7 +89,7 @@ def compile_kernels(name: str, every: bool = False, progress: Callable[[str], No
     """The kernels of all grids for one of TARGETS, in every tiling that may be chosen.
 
     Args:
-        every: all tilings of all grids; else all tilings of two grids, signed and unsigned, and the first of the others.
+        every: all tilings of all grids, which takes minutes; else all tilings of two grids, and the first one of the others.
     Raises:
         HalfbyteError: when the target is not known, or Triton was imported to interpret.
     """
@@ -109,21 +110,27 @@ def compile_kernels(name: str, every: bool = False, progress: Callable[[str], No
 def _calls(every: bool) -> Iterator[tuple[str, Callable[[], object], bool]]:
     """What is called: a title, the call, and whether with all tilings."""
     weights, inputs = specs()
-    signed, unsigned = (launches.InputGrid(*_input(spec)) for spec in (ActivationSpec("int8"), inputs[-1]))
-    for spec in inputs:
-        grid = launches.InputGrid(*_input(spec))
-        yield f"quantize {spec.describe()}", partial(launches.quantize, _tensor(2, 64, 64, 320), grid), False
-        yield f"quantize {spec.describe()}", partial(launches.quantize, _tensor(512, 1, 1, 3072), grid, images=False), False
+    signed, unsigned = both = [launches.InputGrid(*_input(spec)) for spec in (ActivationSpec("int8"), inputs[-1])]
+    for index, spec in enumerate(inputs):
+        for images in (False, True) if every else (index % 2 == 0,):
+            x = _tensor(2, 64, 64, 320) if images else _tensor(512, 1, 1, 3072)
+            yield (
+                f"quantize {spec.describe()}",
+                partial(launches.quantize, x, launches.InputGrid(*_input(spec)), images=images),
+                False,
+            )
     for weight in weights:
-        packed, all_tiles = _packed(weight, 3072, 3072), every or weight.describe() in FULLY
+        packed, title = _packed(weight, 3072, 3072), weight.describe()
+        all_tiles = every or title in FULLY
         for rows in (16, 32, 64) if all_tiles else (16,):
-            for grid in (signed, unsigned) if all_tiles else (signed,):
-                yield f"few rows {weight.describe()}", partial(launches.linear, _tensor(rows, 3072), packed, grid), all_tiles
-        yield f"decode {weight.describe()}", partial(launches.decode, packed, 3072, True, packed.even_first(3072)), False
-    for grid in (signed, unsigned):
-        for rows, outputs in ((4096, 12288), (2048, 3072), (96, 1280)):
+            for grid in both if every else (unsigned if FULLY.get(title) == "unsigned" else signed,):
+                yield f"few rows {title}", partial(launches.linear, _tensor(rows, 3072), packed, grid), all_tiles
+        yield f"decode {title}", partial(launches.decode, packed, 3072, True, packed.even_first(3072)), False
+    for grid in both:
+        some = 4 if every or grid.signed else 1
+        for rows, outputs in ((4096, 12288), (2048, 3072), (96, 1280))[:some]:
             yield "linear", partial(launches.linear, _tensor(rows, 3072), _packed(weights[0], outputs, 3072), grid), True
-        for side, channels in ((128, 320), (64, 640), (16, 1280), (32, 20)):
+        for side, channels in ((128, 320), (64, 640), (16, 1280), (32, 20))[:some]:
             packed, sizes = _packed(weights[0], max(64, channels), 9 * channels), (3, 3, 1, 1, 1, 1, 1, 1, 1, 1, side, side)
             yield "convolution", partial(launches.conv2d, _tensor(2, side, side, channels), sizes, packed, grid), True
 
