@@ -1,7 +1,7 @@
 """Train the denoisers that halfbyte is tried on: the small DDPM UNet it ships, on a CPU in two hours or on a GPU in minutes.
 
     python examples/train_demo.py --data fashion-mnist-train.parquet --output runs/demo --minutes 110
-    python examples/train_demo.py --data cifar10-train.parquet --output runs/cifar10 --width 128 --batch-size 256
+    python examples/train_demo.py --data cifar10-train.parquet --output runs/cifar10-ddpm --learning-rate 2e-4 --steps 400000
     python examples/train_demo.py --data fashion-mnist-train.parquet --output runs/dit --autoencoder runs/autoencoder
 
 Data is a parquet file in the Hub's image layout (a column `image` or `img` holding {bytes, path}). Grey images give the
@@ -16,6 +16,7 @@ import argparse
 import io
 import json
 import math
+import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -187,7 +188,8 @@ class Trainer:
             folder = options.init / ("unet" if self.autoencoder is None else "transformer")
             net.load_state_dict(type(net).from_pretrained(str(folder)).state_dict())
         net = net.to(self.accelerator.device, memory_format=torch.channels_last)
-        self.ema = EMAModel(net.parameters(), decay=options.ema, use_ema_warmup=True, power=0.75, foreach=True)
+        decay = options.ema or (0.9999 if self.flip else 0.9995)
+        self.ema = EMAModel(net.parameters(), decay=decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.ema.to(self.accelerator.device)
         optimizer = torch.optim.AdamW(net.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
         self.net, self.optimizer = self.accelerator.prepare(net, optimizer)
@@ -263,6 +265,7 @@ class Trainer:
             folder = self.options.output / name
             if folder.exists():
                 self.accelerator.load_state(str(folder))
+                self.ema.to(self.accelerator.device)  # accelerate reads what is registered onto the CPU
                 self.accelerator.print(f"continuing from step {self.clock.step}, {self.clock.seconds / 60:.0f} min in")
                 return
 
@@ -291,6 +294,19 @@ class Trainer:
         Image.fromarray((tiles.squeeze(-1) * 255 if tiles.shape[-1] == 1 else tiles * 255).round().astype("uint8")).resize(
             (16 * SIDE, 16 * SIDE), Image.Resampling.NEAREST
         ).save(self.options.output / "samples.png")
+        (self.options.output / "model" / "README.md").write_text(self.card(sum(p.numel() for p in copy.parameters())))
+        shutil.copy(self.options.output / "samples.png", self.options.output / "model" / "samples.png")
+
+    def card(self, parameters: int) -> str:
+        """What somebody who finds the model wants to know of it, in Markdown."""
+        options, clock = self.options, self.clock
+        return (
+            f"# {self.options.output.resolve().name}\n\n"
+            f"A denoiser of {parameters / 1e6:.1f} million parameters (averaged, bf16), trained by `examples/train_demo.py` "
+            f"on `{options.data.name}` ({len(self.clean)} images): {clock.step} steps of {options.batch_size} images, "
+            f"{clock.seconds / 3600:.1f} hours, {options.prediction}, peak learning rate {options.learning_rate:g}, "
+            f"seed {options.seed}.\n\n![Samples, 50 steps of DDIM](samples.png)\n"
+        )
 
     def pipeline(self, net: torch.nn.Module) -> DiffusionPipeline:
         if self.autoencoder is None:
@@ -347,7 +363,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="peak (default 8e-4)")
     parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="v_prediction", help="what the model predicts")
     parser.add_argument("--min-snr", type=float, default=math.inf, help="gamma of min-SNR weights, such as 5 (default: none)")
-    parser.add_argument("--ema", type=float, default=0.9995, help="longest memory of the averaged weights (default 0.9995)")
+    parser.add_argument("--ema", type=float, help="longest memory of the averaged weights (default 0.9995 grey, 0.9999 colour)")
     parser.add_argument(
         "--width", type=int, help="channels of the first level (default 32 grey, 128 colour) or of a transformer (160)"
     )

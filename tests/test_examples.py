@@ -46,6 +46,8 @@ def test_training_runs_goes_on_and_leaves_a_pipeline(tmp_path, grey, width):
     assert "continuing from step 2" in second.stdout
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / "model")
     assert pipe.unet.config.in_channels == (1 if grey else 3)
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "on `data.parquet` (24 images): 22 steps of 4 images" in card
     with Image.open(tmp_path / "out" / "samples.png") as picture:
         assert picture.size == (512, 512)
     assert not (tmp_path / "out" / "checkpoint.new").exists()

@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -152,6 +152,11 @@ class InputStatistics:
     def range(self) -> tuple[float, float]:
         """Least and largest value over all timesteps."""
         return min(low for low, _ in self.ranges.values()), max(high for _, high in self.ranges.values())
+
+    def on(self, device: torch.device | str) -> "InputStatistics":
+        """The same, with what is calculated with weights (absmax, Hessian, rows) on their device."""
+        tensors = {"channel_absmax": self.channel_absmax, "hessian": self.hessian, "rows": self.rows}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items() if value is not None})  # type: ignore[arg-type]
 
     def update(self, rows: Tensor, timestep: float | None, generator: torch.Generator) -> None:
         """Take in one input, float32 (r, p, c)."""

@@ -211,7 +211,7 @@ def simulate(
         own = override_of(recipe, target, owner)
         if spec is None or recipe.search is None or own is not None or target.is_edge(owner):
             return spec, reason
-        spec, searched[name] = search_layer(spec, float_matrix(layer), known[name], recipe.search)
+        spec, searched[name] = search_layer(spec, matrix := float_matrix(layer), known[name].on(matrix.device), recipe.search)
         return spec, f"{reason}; {searched[name].one_sided}" if searched[name].one_sided else reason
 
     def convert(name: str, layer: Any, spec: LayerSpec) -> nn.Module:
@@ -322,6 +322,7 @@ def make_fake_quant(
     Smoothing and the low-rank branch are taken from the weight of `layer`, on a copy of its own: others may share the weight.
     """
     input_scale = hessian = None
+    statistics = None if statistics is None else statistics.on(layer.weight.device)
     if smooth == "search" and isinstance(layer, TRANSPOSED):
         smooth = None
     if smooth is not None and statistics is not None and statistics.channel_absmax is not None:

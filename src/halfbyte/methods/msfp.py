@@ -91,7 +91,7 @@ def _by_output(found: Candidates, rows: Tensor, matrix: Tensor) -> Candidates:
     """The candidates with the mean squared error of the layer's output in place of their own."""
     pairs = zip(found.scale, found.zero, strict=True)
     error = [_output_error(_rounded(rows, found.grid, scale, zero) - rows, matrix) for scale, zero in pairs]
-    return Candidates(found.grid, found.scale, found.zero, torch.stack(error)).best(len(error))
+    return Candidates(found.grid, found.scale, found.zero, torch.stack(error).to(found.scale.device)).best(len(error))
 
 
 def search_input(statistics: InputStatistics, names: Sequence[str], points: int, matrix: Tensor | None = None) -> list[Candidates]:

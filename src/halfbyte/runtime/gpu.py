@@ -1,6 +1,6 @@
 """The GPU backend: which packed layers the Triton kernels take, and the two torch operators they are reached by.
 
-    halfbyte::triton_linear    x (..., K)       -> (..., N)          in the dtype of x
+    halfbyte::triton_linear    x (..., K)       -> (..., N)          in the dtype of x; gelu = 1: its GELU, 2: approximated by tanh
     halfbyte::triton_conv2d    x (B, C, H, W)   -> (B, N, H', W')    in the dtype of x; channels-last or contiguous, as asked
 
 Codes stay in the checkpoint's order. Nothing here waits for the GPU, so that CUDA graphs can hold a whole model.
@@ -9,6 +9,7 @@ Codes stay in the checkpoint's order. Nothing here waits for the GPU, so that CU
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -32,7 +33,7 @@ INPUT_NUMBERS = 8  # of `Plan.grids`: what the input's grid takes; the rest is t
 class Plan(Geometry):
     """How the kernels run one layer."""
 
-    grids: tuple[int, ...]  # the fields of triton_kernels.InputGrid, then those of WeightGrid
+    grids: tuple[int, ...]  # the fields of launches.InputGrid, then those of WeightGrid
 
 
 def interpreting() -> bool:
@@ -52,10 +53,10 @@ def missing() -> str | None:
 
 @cache
 def kernels() -> ModuleType:
-    """The module of the kernels; importing it imports triton."""
-    from halfbyte.runtime import triton_kernels
+    """The module that launches the kernels; importing it imports triton."""
+    from halfbyte.runtime import launches
 
-    return triton_kernels
+    return launches
 
 
 def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
@@ -71,20 +72,22 @@ def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
     found = geometry_of(layer)
     if found.sizes[-1] != 1:
         return "the GPU engine has no grouped convolutions"
-    return Plan(found.sizes, found.grow, found.grow_mode, (*_input_grid(spec.activation), *_weight_grid(spec.weight)))
+    return Plan(found.sizes, found.grow, found.grow_mode, (*input_numbers(spec.activation), *weight_numbers(spec.weight)))
 
 
-def _input_grid(spec: ActivationSpec) -> tuple[int, ...]:
+def input_numbers(spec: ActivationSpec) -> tuple[int, ...]:
+    """How an input is rounded, as the operators take it: the fields of launches.InputGrid."""
     grid = get_grid(spec.grid)
     mantissa = -1 if grid.contiguous else grid.mantissa_bits or 0
     shifts = (spec.max_shift, spec.subgroup if spec.max_shift else 1, int(spec.rounding == "truncate"))
     return grid.bottom, grid.top, mantissa, int(grid.signed), spec.top, *shifts
 
 
-def _weight_grid(spec: WeightSpec) -> tuple[int, ...]:
+def weight_numbers(spec: WeightSpec) -> tuple[int, ...]:
+    """How codes become integers: the fields of launches.WeightGrid."""
     grid = get_grid(spec.grid)
-    mantissa = -1 if grid.coding == "twos-complement" else 2 if grid.contiguous else grid.mantissa_bits or 0
-    return grid.bits, mantissa, spec.subgroup if spec.max_shift else 0
+    table = 0 if grid.coding == "twos-complement" else int.from_bytes(bytes(grid.magnitudes), "little")
+    return grid.bits, table, spec.subgroup if spec.max_shift else 0
 
 
 def takes(x: Tensor) -> bool:
@@ -112,7 +115,7 @@ def forward(layer: Any, plan: Plan, x: Tensor, chosen: int = 0, fixed: FixedScal
 
 
 _WEIGHTS = "Tensor codes, Tensor? shifts, Tensor weight_scale, Tensor? bias, int[] grids, Tensor? scale=None, Tensor? zero=None"
-LIBRARY.define(f"triton_linear(Tensor x, {_WEIGHTS}) -> Tensor")
+LIBRARY.define(f"triton_linear(Tensor x, {_WEIGHTS}, int gelu=0) -> Tensor")
 LIBRARY.define(f"triton_conv2d(Tensor x, int[] sizes, bool channels_last, {_WEIGHTS}) -> Tensor")
 
 
@@ -122,14 +125,22 @@ def _grids(numbers: Sequence[int]) -> tuple[Any, Any]:
     return kernels().InputGrid(*given), kernels().WeightGrid(*numbers[INPUT_NUMBERS:])
 
 
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whichever device its arguments are on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def _linear(
-    x: Tensor, codes: Tensor, shifts: Tensor | None, weight_scale: Tensor, bias: Tensor | None, grids: Sequence[int], *fixed: Any
-) -> Tensor:
-    y = _linear_output(x, codes)
-    if not y.numel():
-        return y
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return kernels().linear(rows, codes, shifts, weight_scale, bias, _grids(grids), *fixed).view(y.shape)  # type: ignore[no-any-return]
+    x: Tensor, codes: Tensor, shifts: Tensor | None, weight_scale: Tensor, bias: Tensor | None, grids: Sequence[int],
+    scale: Tensor | None = None, zero: Tensor | None = None, gelu: int = 0,
+) -> Tensor:  # fmt: skip
+    if not x.numel():
+        return _linear_output(x, codes)
+    input_grid, weight_grid = _grids(grids)
+    weights = kernels().Weights(codes, shifts, weight_scale, bias, weight_grid)
+    with _on_device_of(x):
+        y = kernels().linear(x.reshape(-1, x.shape[-1]).contiguous(), weights, input_grid, (scale, zero), gelu)
+    return y.view(*x.shape[:-1], len(codes))  # type: ignore[no-any-return]
 
 
 def _linear_output(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
@@ -138,14 +149,15 @@ def _linear_output(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
 
 def _conv2d(
     x: Tensor, sizes: Sequence[int], channels_last: bool, codes: Tensor, shifts: Tensor | None, weight_scale: Tensor,
-    bias: Tensor | None, grids: Sequence[int], *fixed: Any,
+    bias: Tensor | None, grids: Sequence[int], scale: Tensor | None = None, zero: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    y = _conv2d_output(x, sizes, channels_last)
-    if not y.numel():
-        return y
-    images = x.permute(0, 2, 3, 1).contiguous()
-    shape = (*sizes[2:8], sizes[8], sizes[10], *y.shape[2:])
-    found = kernels().conv2d(images, shape, codes, shifts, weight_scale, bias, _grids(grids), *fixed).permute(0, 3, 1, 2)
+    if not x.numel():
+        return _conv2d_output(x, sizes, channels_last)
+    input_grid, weight_grid = _grids(grids)
+    weights = kernels().Weights(codes, shifts, weight_scale, bias, weight_grid)
+    shape = (*sizes[2:12], *output_size(x.shape[2:], sizes[2:4], sizes[4:6], sizes[6:8], sizes[8:12]))
+    with _on_device_of(x):
+        found = kernels().conv2d(x.permute(0, 2, 3, 1).contiguous(), shape, weights, input_grid, (scale, zero)).permute(0, 3, 1, 2)
     return found if channels_last else found.contiguous()  # type: ignore[no-any-return]
 
 

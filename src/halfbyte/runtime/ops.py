@@ -34,8 +34,9 @@ def integer_product(layer: Any, integers: Tensor, levels: Tensor, largest_input:
     bound = float(levels.abs().sum(1).max()) * largest_input
     exact = torch.float32 if bound < FLOAT32_EXACT else torch.float64
     weight = matrix_to_weight(layer, levels.to(exact))
-    # NNPACK's Winograd convolutions are not exact, nor are results that autocast makes bfloat16
-    with torch.backends.nnpack.flags(enabled=False), torch.autocast(integers.device.type, enabled=False):
+    # Winograd convolutions (NNPACK's, cuDNN's) are not exact, nor are results that autocast makes bfloat16
+    plain = torch.backends.cudnn.flags(enabled=False) if integers.is_cuda else torch.backends.nnpack.flags(enabled=False)
+    with plain, torch.autocast(integers.device.type, enabled=False):
         return apply_layer(layer, integers.to(exact), weight, None)
 
 
