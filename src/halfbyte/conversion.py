@@ -41,8 +41,8 @@ from halfbyte.metrics import sqnr
 from halfbyte.quantizers import FixedScale
 from halfbyte.recipe import LayerOverride, LayerSpec, Recipe, Reconstruction
 from halfbyte.runtime.backends import backend
-from halfbyte.runtime.layers import Packed, pack_layer
-from halfbyte.runtime.weights import weight_scale
+from halfbyte.runtime.layers import Packed
+from halfbyte.runtime.weights import pack_layer, weight_quality, weight_scale
 from halfbyte.splitting import owner_of, split_layers
 from halfbyte.targets import TARGETS, Target, matches
 from halfbyte.tracing import find_concatenations
@@ -216,7 +216,7 @@ def simulate(
 
     def convert(name: str, layer: Any, spec: LayerSpec) -> nn.Module:
         made = make_fake_quant(name, layer, spec, recipe.smooth, known.get(name), searched.get(name), rounding)
-        quality[name] = sqnr(float_matrix(layer), made.quantized_weight().dequantize())
+        quality[name] = weight_quality(layer, made)
         if progress:
             progress(len(quality), len(layers))
         return made  # type: ignore[no-any-return]

@@ -11,9 +11,10 @@ from halfbyte.formats import GRIDS
 from halfbyte.layers import FAKE_QUANT
 from halfbyte.recipe import INT8, PRESETS, ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.runtime import cpu, engine
-from halfbyte.runtime.layers import PACKED, pack_layer
+from halfbyte.runtime.layers import PACKED
 from halfbyte.runtime.ops import quantized_forward
 from halfbyte.runtime.tiled import Tiled
+from halfbyte.runtime.weights import pack_layer
 
 pytestmark = [
     pytest.mark.skipif(engine.MISSING is not None, reason=f"the C++ engine cannot run: {engine.MISSING}"),

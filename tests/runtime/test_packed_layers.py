@@ -11,7 +11,8 @@ from halfbyte.formats import GRIDS
 from halfbyte.layers import FAKE_QUANT, KINDS
 from halfbyte.packing import pack_nibbles
 from halfbyte.recipe import INT8, ActivationSpec, LayerSpec, WeightSpec
-from halfbyte.runtime.layers import PACKED, Packed, install, pack_layer, packed_shapes
+from halfbyte.runtime.layers import PACKED, Packed, install, packed_shapes
+from halfbyte.runtime.weights import pack_layer
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 

@@ -7,7 +7,8 @@ from torch import nn
 from halfbyte.errors import HalfbyteError, PackedError
 from halfbyte.layers import FAKE_QUANT
 from halfbyte.recipe import INT8, PRESETS, ActivationSpec, LayerSpec, WeightSpec
-from halfbyte.runtime.layers import PACKED, Packed, pack_layer
+from halfbyte.runtime.layers import PACKED, Packed
+from halfbyte.runtime.weights import pack_layer
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 

@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from halfbyte import quantizers
 from halfbyte.errors import NonFiniteError
-from halfbyte.recipe import PRESETS, WeightSpec
+from halfbyte.layers import FAKE_QUANT
+from halfbyte.recipe import PRESETS, LayerSpec, WeightSpec
 from halfbyte.runtime import engine, weights
 from halfbyte.runtime.backends import backend
 
@@ -119,3 +121,15 @@ def test_the_engine_refuses_what_does_not_fit():
         engine.round_weights(matrix, "int4", 0, 16, scale[:1], codes, None)
     with pytest.raises(ValueError, match="cannot be shifted by 1"):
         engine.search_scales(matrix, "int4", 1, 16, [1.0])
+
+
+@pytest.mark.parametrize("spec", [WeightSpec("lzs4", 4), WeightSpec("e2m1", norm=2.4), WeightSpec("int8", scale="absmax")])
+@pytest.mark.parametrize("layer", [nn.Linear(37, 9), nn.Conv2d(6, 8, 3, groups=2), nn.ConvTranspose2d(6, 4, 2, groups=2)], ids=str)
+def test_layers_are_packed_and_judged_as_torch_does(choose, layer, spec):
+    made = FAKE_QUANT[type(layer)].from_float(layer, LayerSpec(spec))
+    choose("reference", "scalar")
+    exact, quality = weights.pack_layer(made), weights.weight_quality(layer, made)
+    choose("cpu", "scalar")
+    found = weights.pack_layer(made)
+    assert all(torch.equal(found.get_buffer(name), tensor) for name, tensor in exact.named_buffers() if tensor is not None)
+    assert weights.weight_quality(layer, made) == pytest.approx(quality, rel=1e-6)

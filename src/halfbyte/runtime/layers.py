@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from halfbyte.errors import CorruptError, PackedError
 from halfbyte.formats import get_grid
 from halfbyte.layers import FLOAT32_BUFFERS as FLOAT32_BUFFERS
-from halfbyte.layers import FakeQuant, Quantizable, QuantizedLayer, adopt, follow_timesteps, matrix_shape, scale_input
+from halfbyte.layers import Quantizable, QuantizedLayer, adopt, follow_timesteps, matrix_shape, scale_input
 from halfbyte.packing import pack_nibbles, unpack_nibbles
 from halfbyte.quantizers import QuantizedWeight, decode_weight
 from halfbyte.recipe import LayerSpec
@@ -110,9 +110,8 @@ class Packed(Tiled, QuantizedLayer):
             setattr(made, name, torch.empty(shape, dtype=dtype, device=layer.weight.device))
         return made
 
-    def store(self, sets: Sequence[QuantizedWeight]) -> None:
-        """Take the levels, shifts and scale of a weight, or of all its sets (which share their scale)."""
-        parts = [packed_tensors(one) for one in sets]
+    def store(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take what is stored of a weight (`packed_tensors`), or of all its sets, which share their scale."""
         for name in ("weight_codes", "weight_shift"):
             if name in parts[0]:
                 setattr(self, name, parts[0][name] if len(parts) == 1 else torch.stack([part[name] for part in parts]))
@@ -258,16 +257,6 @@ PACKED: dict[type, type[Packed]] = {
     nn.ConvTranspose1d: PackedConvTranspose1d,
     nn.ConvTranspose2d: PackedConvTranspose2d,
 }
-
-
-def pack_layer(layer: FakeQuant) -> Any:
-    """The packed twin of a trainable layer: the same codes, the same results up to float rounding."""
-    kind = next(kind for kind in PACKED if isinstance(layer, kind))
-    made = PACKED[kind].empty(layer, layer.spec)  # type: ignore[arg-type]
-    made.store([layer.quantized_weight(chosen) for chosen in range(layer.spec.weight.sets)])
-    made.input_scale, made.activation_scale, made.weight_choice = layer.input_scale, layer.activation_scale, layer.weight_choice
-    made.activation_zero = None if layer.activation_zero is None else layer.activation_zero.to(torch.uint8)
-    return made
 
 
 def install(
