@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -34,25 +35,29 @@ every_method = pytest.mark.parametrize("what", ["talora", "quest"])
 @every_method
 def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path, what):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = start(whole, what=what)
-    process.stdout.readline()
-    training = time.monotonic()
-    finish(process)
-    length, chance, steps = time.monotonic() - training, random.Random(0), []
-    for _ in range(KILLS):
-        process = start(broken, what=what)
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(chance.uniform(0.05, 0.35) * length)
+    finish(start(whole, what=what))
+    chance, steps = random.Random(0), []
+    for number in range(KILLS):
+        process, aim = start(broken, what=what), 2 * number + chance.randint(0, 2)
+        while rows(broken) < aim and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.1))  # within a step, while it is saved, or while the next one starts
         process.kill()
         process.communicate()
-        steps.append(sum(len(file.read_bytes().splitlines()) for file in broken.rglob("log.jsonl")))
+        steps.append(rows(broken))
+        assert process.returncode == -signal.SIGKILL, "it was over before it was killed"
     finish(start(broken, what=what))
-    assert len(set(steps)) > 1, "the kills came before the first step"
+    assert len(set(steps)) > KILLS // 2
     expected, found = load_file(whole / "final.safetensors"), load_file(broken / "final.safetensors")
     assert expected.keys() == found.keys()
     assert all((expected[name] == found[name]).all() for name in expected)
     assert [row["loss"] for row in log(whole)] == [row["loss"] for row in log(broken)]
     assert not list(broken.glob(".*"))
+
+
+def rows(folder):
+    """Steps that a run, or the stages of one, have logged."""
+    return sum(len(file.read_bytes().splitlines()) for file in folder.rglob("log.jsonl"))
 
 
 def log(folder):
