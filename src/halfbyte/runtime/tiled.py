@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.runtime import cpu
+from halfbyte.runtime.mapped import give_back
 
 NEUTRAL = ("weight_codes", "weight_shift")
 _CHANGING = threading.RLock()  # held while any layer changes its form; a thread in a forward keeps the tiles it has
@@ -94,5 +95,7 @@ def to_tiles(layer: Any) -> Tensor:
         if (tiles := buffers["weight_tiles"]) is None:  # else another thread was faster
             tiles = buffers["weight_tiles"] = cpu.make_tiles(layer)
             for name in NEUTRAL:
+                if buffers[name] is not None:
+                    give_back(buffers[name])
                 buffers[name] = None
         return tiles
