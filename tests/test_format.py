@@ -13,7 +13,7 @@ import halfbyte as hb
 from halfbyte.checkpoint import LAYOUT_KEYS
 from halfbyte.layers import FAKE_QUANT
 from halfbyte.recipe import ActivationSpec, LayerSpec, WeightSpec
-from halfbyte.runtime.layers import pack_layer
+from halfbyte.runtime.weights import pack_layer
 
 PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
 SPECS = {

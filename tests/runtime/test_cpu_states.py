@@ -11,8 +11,9 @@ from halfbyte.errors import PackedError
 from halfbyte.layers import FAKE_QUANT
 from halfbyte.recipe import INT8, PRESETS, ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.runtime import engine
-from halfbyte.runtime.layers import PACKED, pack_layer
+from halfbyte.runtime.layers import PACKED
 from halfbyte.runtime.ops import quantized_forward
+from halfbyte.runtime.weights import pack_layer
 
 pytestmark = [
     pytest.mark.skipif(engine.MISSING is not None, reason=f"the C++ engine cannot run: {engine.MISSING}"),

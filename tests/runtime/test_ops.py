@@ -12,8 +12,8 @@ from halfbyte.layers import FAKE_QUANT, input_to_rows, matrix_shape
 from halfbyte.quantizers import quantize_activation
 from halfbyte.recipe import INT8, ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.runtime import ops
-from halfbyte.runtime.layers import pack_layer
 from halfbyte.runtime.ops import FLOAT32_EXACT, integer_product
+from halfbyte.runtime.weights import pack_layer
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
 

@@ -13,8 +13,8 @@ from halfbyte.formats import GRIDS
 from halfbyte.layers import FAKE_QUANT
 from halfbyte.recipe import PRESETS, ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.runtime import backends, gpu
-from halfbyte.runtime.layers import pack_layer
 from halfbyte.runtime.ops import quantized_forward
+from halfbyte.runtime.weights import pack_layer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (extra 'triton')")

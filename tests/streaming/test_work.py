@@ -10,7 +10,8 @@ from torch import nn
 from halfbyte.errors import CorruptError
 from halfbyte.layers import FAKE_QUANT, matrix_shape, module_kind
 from halfbyte.recipe import PRESETS
-from halfbyte.runtime.layers import PACKED, pack_layer
+from halfbyte.runtime.layers import PACKED
+from halfbyte.runtime.weights import pack_layer
 from halfbyte.streaming.plan import Part, row_bytes
 from halfbyte.streaming.source import open_component
 from halfbyte.streaming.work import make, read
