@@ -83,7 +83,7 @@ def test_sizes_of_the_input_do_not_compile_new_kernels(tmp_path_factory):
 def test_what_cannot_be_compiled_is_said(monkeypatch):
     from halfbyte.bench import compiled
 
-    with pytest.raises(HalfbyteError, match="there is no target 'sm_10'; there are sm_80"):
+    with pytest.raises(HalfbyteError, match="there is no target 'sm_10'; there are 'gfx942', 'sm_120', 'sm_80'"):
         compiled.compile_kernels("sm_10")
     monkeypatch.setenv(gpu.INTERPRET, "1")
     with pytest.raises(HalfbyteError, match="TRITON_INTERPRET=1 interprets kernels; unset it"):

@@ -111,7 +111,7 @@ LOSSES = {
     "sets": (LayerSpec(WeightSpec(sets=2)), False, "all but one of its 2 sets of weights"),
     "branch": (LayerSpec(low_rank=8), False, "branch of rank 8"),
     "smoothing": (LayerSpec(), True, "the factors that smooth its input"),
-    "groups": (LayerSpec(WeightSpec(group=64)), False, "int4 g64: one scale an output channel"),
+    "groups": (LayerSpec(WeightSpec(group=64)), False, "int4 g64: what can be held is one scale an output channel"),
     "codebook": (LayerSpec(WeightSpec("nf4")), False, "nf4"),
     "mxfp4": (PRESETS["mxfp4-w4a4"].inner, False, "e2m1 g32 e8m0"),
 }
