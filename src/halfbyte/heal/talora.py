@@ -212,7 +212,7 @@ class TALoRA(Method):
 
     @torch.no_grad()
     def melt(self) -> dict[str, Tensor]:
-        """Replace the hubs by what they lead to: the weights and input scales that any timestep chooses, and the biases.
+        """Replace the hubs by what they lead to: the weights and input scales of every chosen LoRA; the rest stays as learned.
 
         Returns:
             By layer: the choice at every timestep, uint8 (T,), numbered within the layer's own weight sets.
