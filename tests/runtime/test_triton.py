@@ -133,6 +133,15 @@ def test_codes_in_any_order_of_bits():
             check(packed, x)
 
 
+def test_a_zero_point_past_the_end_of_a_row_is_not_counted():
+    """In the last subgroup, which is shorter: the choice of its shift must not see it."""
+    activation = ActivationSpec("ue1m3", max_shift=4, zero_point=True)
+    for name, rows in (("linear", 130), ("conv1d", 20)):
+        packed, inputs = make(name, LayerSpec(QUARTZ.weight, activation))
+        torch.manual_seed(1)
+        check(packed, torch.randn(rows, *inputs[0].shape[1:], device=DEVICE))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("spec", SPECS, ids=LayerSpec.describe)

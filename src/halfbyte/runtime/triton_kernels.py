@@ -56,14 +56,17 @@ def _shifted(units, shift, BOTTOM: tl.constexpr, TOP: tl.constexpr, MANTISSA: tl
 
 @triton.jit
 def _encode(
-    values, scale, zero, BOTTOM: tl.constexpr, TOP: tl.constexpr, MANTISSA: tl.constexpr, SIGNED: tl.constexpr,
+    values, counted, scale, zero, BOTTOM: tl.constexpr, TOP: tl.constexpr, MANTISSA: tl.constexpr, SIGNED: tl.constexpr,
     LARGEST: tl.constexpr, MAX_SHIFT: tl.constexpr, SUBGROUP: tl.constexpr, TRUNCATE: tl.constexpr,
 ):  # fmt: skip
-    """`quantizers._quantize_rows`: float32 (m, c) to the integers that are stored, float32; scale and zero (m, 1) or (1, 1)."""
+    """`quantizers._quantize_rows`: float32 (m, c) to the integers that are stored, float32; scale and zero (m, 1) or (1, 1).
+
+    counted (1, c): not past the end of the row, where a subgroup's error must not see the zero point.
+    """
     units = values * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     units = tl.where((units.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < INFINITE, units, 0.0)
     if not SIGNED:
-        units = units + zero
+        units = tl.where(counted, units + zero, 0.0)
     if MAX_SHIFT == 0:
         levels = _nearest(units, BOTTOM, TOP, MANTISSA)
     else:
@@ -187,13 +190,14 @@ def quantize_kernel(
     if WHOLE:
         if IMAGES:
             values = tl.load(source + at, mask=inside & (at < channels), other=0.0).to(tl.float32)
-        levels = _encode(values, scale, zero, BOTTOM, TOP, MANTISSA, SIGNED, LARGEST, MAX_SHIFT, SUBGROUP, TRUNCATE)
+        levels = _encode(values, at < channels, scale, zero, BOTTOM, TOP, MANTISSA, SIGNED, LARGEST, MAX_SHIFT, SUBGROUP, TRUNCATE)
         levels = _reorder(tl.where(inside, levels, border).to(tl.int8), EVEN_FIRST)
         tl.store(target + at, levels, mask=there & (at < channels))
     else:
         for start in range(0, channels, BLOCK_C):
             values = tl.load(source + start + at, mask=inside & (start + at < channels), other=0.0).to(tl.float32)
-            levels = _encode(values, scale, zero, BOTTOM, TOP, MANTISSA, SIGNED, LARGEST, MAX_SHIFT, SUBGROUP, TRUNCATE)
+            counted = start + at < channels
+            levels = _encode(values, counted, scale, zero, BOTTOM, TOP, MANTISSA, SIGNED, LARGEST, MAX_SHIFT, SUBGROUP, TRUNCATE)
             levels = _reorder(tl.where(inside, levels, border).to(tl.int8), EVEN_FIRST)
             tl.store(target + start + at, levels, mask=there & (start + at < channels))
 
