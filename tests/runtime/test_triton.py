@@ -280,7 +280,7 @@ def test_the_tiles_change_no_bit(monkeypatch):
         x = torch.randn(rows, 264, device=DEVICE)
         expected = reference(packed, x)
         fitting = [tiles for tiles in (*tuning.LARGE, *tuning.SMALL) if tiles.shared <= tuning.card(x.device).shared]
-        every = fitting if rows > 64 else [None] * len(tuning.FEW)
+        every = fitting if rows > 64 else [None] * len(tuning.few_tiles(rows))
         for index, tiles in enumerate(every):
             monkeypatch.setattr(launches, "choose", lambda k, c, d, run, t=tiles, i=index: c[i] if t is None else t)
             assert torch.equal(packed(x), expected)

@@ -40,11 +40,11 @@ class Target:
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), Card(108, 163 << 10), r"IMMA\.16832\.S8\.S8"),  # A100
-    "sm_89": Target(GPUTarget("cuda", 89, 32), Card(128, 99 << 10), r"IMMA\.16832\.S8\.S8"),  # L40S, RTX 4090
-    "sm_90": Target(GPUTarget("cuda", 90, 32), Card(132, 227 << 10), r"IGMMA\.\w+\.S8\.S8|IMMA\.16832\.S8\.S8"),  # H100, H200
-    "sm_120": Target(GPUTarget("cuda", 120, 32), Card(170, 99 << 10), r"IMMA\.16832\.S8\.S8"),  # RTX 5090
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), Card(304, 64 << 10), r"v_mfma_i32_\w+_i8"),  # MI300
+    "sm_80": Target(GPUTarget("cuda", 80, 32), Card(108, 163 << 10, False), r"IMMA\.16832\.S8\.S8"),  # A100
+    "sm_89": Target(GPUTarget("cuda", 89, 32), Card(128, 99 << 10, False), r"IMMA\.16832\.S8\.S8"),  # L40S, RTX 4090
+    "sm_90": Target(GPUTarget("cuda", 90, 32), Card(132, 227 << 10, True), r"IGMMA\.\w+\.S8\.S8|IMMA\.16832\.S8\.S8"),  # H100, H200
+    "sm_120": Target(GPUTarget("cuda", 120, 32), Card(170, 99 << 10, True), r"IMMA\.16832\.S8\.S8"),  # RTX 5090
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), Card(304, 64 << 10, False), r"v_mfma_i32_\w+_i8"),  # MI300
 }
 # Weights of which all tilings are compiled, with inputs of this kind: one grid that is decoded by words, one that is not.
 FULLY = {"lzs4<<4/16": "signed", "e2m1": "unsigned"}

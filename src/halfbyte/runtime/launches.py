@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.runtime import triton_kernels as kernels
-from halfbyte.runtime.tuning import FEW, Tiles, blocks_of, card, choose, power_of_two, tiles_for
+from halfbyte.runtime.tuning import Tiles, blocks_of, card, choose, few_tiles, power_of_two, tiles_for
 
 FEW_ROWS = 64
 CHUNKS, RANGE_BLOCK = 128, 4096  # programs that look for the range of one large image, and the values each takes at a time
@@ -172,9 +172,9 @@ def linear(
 
 def _few_rows(x: Tensor, weights: Weights, grid: InputGrid, fixed: tuple[Tensor | None, Tensor | None], gelu: int) -> Tensor:
     (rows, count), outputs, limits = x.shape, len(weights.codes), card(x.device)
-    candidates = [Tiles(max(16, power_of_two(rows)), one.n, one.k, one.warps, one.stages) for one in FEW]
+    candidates = few_tiles(rows)
     sums = rows * outputs
-    partial = x.new_empty(sums + blocks_of(outputs, min(one.n for one in FEW)), dtype=torch.int32)  # and a counter a tile
+    partial = x.new_empty(sums + blocks_of(outputs, min(one.n for one in candidates)), dtype=torch.int32)  # and a counter a tile
     even_first = weights.even_first(count)
     stored = quantize(x[:, None, None], grid, fixed, clear=partial, images=False, even_first=even_first)
     y, (operands, pitches, constants) = x.new_empty((rows, outputs)), weights.arguments(even_first)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -41,7 +41,8 @@ class Tiles:
 
 LARGE = (Tiles(128, 256, 128, 8, 3), Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 128, 8, 3), Tiles(128, 128, 64, 8, 4))
 SMALL = (Tiles(64, 128, 128, 4, 4), Tiles(64, 64, 128, 4, 4), Tiles(64, 64, 64, 4, 4))
-FEW = (Tiles(16, 64, 256, 4, 3), Tiles(16, 32, 256, 4, 3), Tiles(16, 32, 512, 4, 3))
+FEW = (Tiles(16, 64, 256, 4, 3), Tiles(16, 32, 256, 4, 3))
+FEWEST = (*FEW, Tiles(16, 32, 512, 4, 3))
 
 
 @dataclass(frozen=True)
@@ -50,26 +51,34 @@ class Card:
 
     processors: int
     shared: int  # bytes a program can have
+    wide: bool  # whether blocks of 128 x 256 keep their sums in registers; before Hopper the compiler spills 0.5 KB a thread
 
 
 @cache
 def card(device: torch.device) -> Card:
     if device.type != "cuda":
-        return Card(4, 227 << 10)  # the interpreter
+        return Card(4, 227 << 10, True)  # the interpreter
     found = torch.cuda.get_device_properties(device)
-    return Card(found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", 64 << 10))
+    wide = found.major >= 9 and torch.version.hip is None
+    return Card(found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", 64 << 10), wide)
 
 
 def tiles_for(rows: int, outputs: int, channels: int, limits: Card) -> list[Tiles]:
     """Tiles worth trying for a product, the likeliest first."""
     wide, narrow = -(-rows // 128) * -(-outputs // 128), -(-rows // 64) * -(-outputs // 64)
     order = (*LARGE, SMALL[0]) if wide >= 2 * limits.processors else (*LARGE[2:], *SMALL) if narrow >= limits.processors else SMALL
-    fits = [tiles for tiles in order if tiles.shared <= limits.shared]
+    fits = [tiles for tiles in order if tiles.shared <= limits.shared and (limits.wide or tiles.n <= 128)]
     even = [tiles for tiles in fits if channels % tiles.k == 0]
     if even or channels >= 128:
         return even or [tiles for tiles in fits if tiles.k == 64]
     depth = max(32, power_of_two(channels))
     return [Tiles(64, 64, depth, 4, 3)]
+
+
+def few_tiles(rows: int) -> list[Tiles]:
+    """Tiles worth trying for a product of few rows; with more than 16, blocks 512 deep spill registers on most cards."""
+    height = max(16, power_of_two(rows))
+    return [replace(one, m=height) for one in (FEWEST if height == 16 else FEW)]
 
 
 _CHOSEN: dict[tuple[Any, ...], Tiles] = {}
