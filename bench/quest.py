@@ -87,7 +87,7 @@ def memory(effort: Effort) -> Table:
         for stage in plan(student.unet, pipe, settings, selective, calls):
             method = Selective(student.unet, pipe.unet, stage, selective)
             healing, plain = step_peaks(method, student.unet, pipe.unet, batch)
-            share = 100 * parameters_of(method.before, [stage]) / total
+            share = 100 * parameters_of(student.unet, [stage]) / total
             table.add_row(stage.name, f"{share:.2f}", f"{healing / 1e6:.0f}", f"{plain / 1e6:.0f}", f"{healing / plain:.2f}")
             method.remove()
     return table

@@ -97,6 +97,7 @@ def test_healing_brings_the_student_closer_to_its_teacher(student, pipe):
         ({"stages": ["full"]}, ["full"]),
         ({"share": 0}, ["temporal", "critical"]),
         ({"scale_rate": 0}, ["temporal", "critical"]),
+        ({"affine": False}, ["temporal", "critical"]),
     ],
 )
 def test_ablations(student, pipe, options, stages):
@@ -104,10 +105,13 @@ def test_ablations(student, pipe, options, stages):
     result = hb.heal(student, pipe, **TINY, **options)
     changed = {name for name, value in student.unet.state_dict().items() if not torch.equal(value, before[name])}
     assert list(result.trained) == stages
-    assert any(name.endswith("weight") for name in changed) == (options.get("share") != 0)
+    norms, biases = ({name for name in changed if part in name} for part in ("norm", ".bias"))
+    assert any(name.endswith("weight") for name in changed - norms) == (options.get("share") != 0)
+    assert bool(norms) == ("affine" not in options and stages != ["temporal"])
+    assert (len(biases) > 40) == bool(norms)
     assert any(name.endswith("activation_scale") for name in changed) == (options.get("scale_rate") != 0)
     assert (result.share > 0.5) == (stages == ["full"])
-    assert any("time_emb" in name for name in changed) == (stages != ["critical"])
+    assert any("time_emb" in name for name in changed - biases) == (stages != ["critical"])
 
 
 def test_static_and_dynamic_scales(pipe):

@@ -10,7 +10,7 @@ import halfbyte as hb
 from halfbyte.errors import HealError
 from halfbyte.heal.distill import distill
 from halfbyte.heal.memory import step_peaks
-from halfbyte.heal.selective import LossWeights, Selective, SelectiveLayer, Stage, quantized_layers
+from halfbyte.heal.selective import LossWeights, Selective, SelectiveLayer, Stage, parameters_of, quantized_layers
 from halfbyte.heal.settings import Settings
 from halfbyte.heal.states import PoolSettings, StatePool
 from halfbyte.layers import FAKE_QUANT
@@ -36,9 +36,9 @@ def student(pipe):
     return copy.deepcopy(MADE[0])
 
 
-def method_of(student, pipe, weights=TRAINED, scales=None, **options):
+def method_of(student, pipe, weights=TRAINED, scales=None, affine=False, **options):
     timed = tuple(name for name, layer in quantized_layers(student).items() if layer.activation_scale is not None)
-    stage = Stage("test", tuple(weights), timed if scales is None else tuple(scales), dict.fromkeys(weights, 0.5))
+    stage = Stage("test", tuple(weights), timed if scales is None else tuple(scales), affine, dict.fromkeys(weights, 0.5))
     return Selective(student, pipe.unet, stage, LossWeights(**options))
 
 
@@ -82,6 +82,21 @@ def test_only_what_is_chosen_has_gradients_and_optimizer_state(student, pipe):
         f"{name}.activation_scale" for name in scales
     }
     assert all(type(layer) in FAKE_QUANT.values() for layer in quantized_layers(student).values())
+
+
+def test_biases_and_norms_are_learned_and_put_back(student, pipe):
+    kept = {name: value.clone() for name, value in student.state_dict().items()}
+    wanted = {name for name in kept if name.endswith(".bias") or ".norm" in name or "group_norm" in name or "norm_out" in name}
+    assert wanted > {"conv_in.bias", "mid_block.resnets.0.norm1.weight", "mid_block.attentions.0.group_norm.weight"}
+    for leave in (Selective.melt, Selective.remove):
+        method = method_of(student, pipe, weights=(), scales=(), affine=True, local_weight=0)
+        assert set(method.trained()) == wanted
+        assert parameters_of(student, [method.stage]) == sum(kept[name].numel() for name in wanted)
+        distill(student, pipe, method, Settings(steps=6, **SHORT))
+        leave(method)
+        changed = {name for name, value in student.state_dict().items() if not torch.equal(value, kept[name])}
+        assert changed == (wanted if leave is Selective.melt else set())
+        student.load_state_dict(kept)
 
 
 class Net(nn.Module):

@@ -1,7 +1,8 @@
 """QuEST's two stages, one after the other: what carries the timestep, then what the loss is due to, with the scales of all inputs.
 
     temporal     the time embedding and its projections into the blocks, with their input scales
-    critical     the layers charged most for their size (`critical.py`), with the input scales of all layers but the temporal ones
+    critical     the layers charged most for their size (`critical.py`), with the input scales of all layers but the temporal ones,
+                 all biases, and the gains and offsets of norms
     full         every quantized layer and all scales, in one stage: what selective tuning is compared with
 
 Weights, biases and scales of both stages together stay within `share` of the model's parameters; where the layers of the time
@@ -22,9 +23,11 @@ from halfbyte.calibration import Call, find_denoiser
 from halfbyte.errors import DivergedError, HealError, StoppedError, listed
 from halfbyte.heal.critical import Charge, charges, worst_layers
 from halfbyte.heal.distill import TICKS, Progress, distill
+from halfbyte.heal.scales import norm_parameters
 from halfbyte.heal.selective import LossWeights, Selective, Stage, parameters_of, quantized_layers
 from halfbyte.heal.settings import Settings
 from halfbyte.heal.states import PoolSettings, StatePool
+from halfbyte.heal.talora import restore
 from halfbyte.heal.temporal import temporal_layers
 
 STAGES = ("temporal", "critical", "full")
@@ -43,7 +46,8 @@ class SelectiveSettings(LossWeights):
     """
 
     stages: tuple[str, ...] = ("temporal", "critical")
-    share: float = 0.07  # of the model's parameters: most that may be trained; 0: only scales are
+    share: float = 0.07  # of the model's parameters: most that may be trained; 0: no weights are
+    affine: bool = True  # learn all biases, and the gains and offsets of norms, too; not in the temporal stage
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", (self.stages,) if isinstance(self.stages, str) else tuple(self.stages))
@@ -90,9 +94,9 @@ def align(
     pipe.to(PartialState().device)
     student.to(PartialState().device)
     stages = plan(student, pipe, settings, selective, calls, prompts)
-    share = parameters_of(layers, stages) / sum(parameter.numel() for parameter in find_denoiser(pipe).parameters())
+    share = parameters_of(student, stages) / sum(parameter.numel() for parameter in find_denoiser(pipe).parameters())
     rows: list[dict[str, Any]] = []
-    with _as_it_came(layers):
+    with _as_it_came(student, layers):
         for number, stage in enumerate(stages):
             method = Selective(student, find_denoiser(pipe), stage, selective)
             try:
@@ -122,9 +126,10 @@ def align(
 
 
 @contextmanager
-def _as_it_came(layers: Mapping[str, Any]) -> Iterator[None]:
+def _as_it_came(student: nn.Module, layers: Mapping[str, Any]) -> Iterator[None]:
     """Take back what was learned where a run does not end, so that the same call with resume can go on; not where it diverged."""
     kept = {name: (layer.weight, layer.bias, layer.activation_scale) for name, layer in layers.items()}
+    norms = {name: student.get_parameter(name).detach().clone() for name in norm_parameters(student)}
     try:
         yield
     except DivergedError:
@@ -132,6 +137,7 @@ def _as_it_came(layers: Mapping[str, Any]) -> Iterator[None]:
     except BaseException:
         for name, layer in layers.items():
             layer.weight, layer.bias, layer.activation_scale = kept[name]
+        restore(student, norms)
         raise
 
 
@@ -155,8 +161,9 @@ def plan(
     energy = {name: max(charge.energy, SILENT) for name, charge in found.items()}
     timed = {name for name in temporal_layers(find_denoiser(pipe), calls[len(calls) // 2], calls[0]) if name in layers}
     calibrated = {name for name, layer in layers.items() if layer.activation_scale is not None and selective.scale_rate}
-    tables = parameters_of(layers, [Stage("all", (), tuple(calibrated))])
-    limit = selective.share * sum(parameter.numel() for parameter in find_denoiser(pipe).parameters()) - tables
+    affine = selective.affine and {*selective.stages} != {"temporal"}
+    small = parameters_of(student, [Stage("all", (), tuple(calibrated), affine)])
+    limit = selective.share * sum(parameter.numel() for parameter in find_denoiser(pipe).parameters()) - small
     both = {"temporal", "critical"} <= {*selective.stages}
     temporal = _fitting(found, timed, limit * (TEMPORAL_PART if both else 1.0))
     used = sum(found[name].weights for name in temporal) if both else 0
@@ -166,14 +173,14 @@ def plan(
     stages = []
     for name in selective.stages:
         chosen = tuple(sorted(weights[name])), tuple(sorted({*scales[name]} & calibrated))
-        if not any(chosen):
+        if not any(chosen) and not (selective.affine and name != "temporal"):
             raise HealError(
                 f"the stage {name!r} has nothing to train: no layer fits into a share of {selective.share:g}, no scale is "
                 "calibrated; raise the share, or take a recipe with static or timestep scales"
             )
         if not chosen[0] and not selective.global_weight:
             raise HealError(f"the stage {name!r} trains no weights, so it has no local loss; set global_weight above 0")
-        stages.append(Stage(name, *chosen, energy))
+        stages.append(Stage(name, *chosen, selective.affine and name != "temporal", energy))
     return broadcast_object_list(stages)  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""What healing moves, and in which units: input scales, learned as LSQ has it (Esser et al. 2020), and steps of rounded weights.
+"""What healing moves, and in which units: input scales, learned as LSQ has it (Esser et al. 2020), steps of rounded weights, norms.
 
 Scales are learned by their logarithms: they stay positive, and one rate suits all.
 """
@@ -7,12 +7,13 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfbyte.layers import FakeQuant, input_to_rows, rows_to_input, scale_input, weight_to_matrix
 from halfbyte.quantizers import round_learned, straight_through
 
 SCALE_RATE = 0.25  # relative change of a scale where a weight moves by one quantization step
+NORM_RATE = 0.1  # relative change of a norm's gain, likewise
 
 
 def learned_input(layer: Any, x: Tensor, log_scale: Tensor) -> Tensor:
@@ -38,3 +39,17 @@ def weight_step(layer: FakeQuant) -> Tensor:
     matrix = weight_to_matrix(layer, layer.weight.detach().float())  # type: ignore[arg-type]
     noise = (layer.quantized_weight().dequantize() - matrix).square().mean(1, keepdim=True)
     return torch.where(noise > 0, (12 * noise).sqrt(), layer.weight_scale.amax(1, keepdim=True))
+
+
+def norm_parameters(model: nn.Module) -> dict[str, float]:
+    """Gains and offsets of the normalisations that have one for every channel, by name, with the root mean square of the gains.
+
+    Normalisations of any library are told by their class's name.
+    """
+    found: dict[str, float] = {}
+    for name, module in model.named_modules():
+        gain = module._parameters.get("weight")
+        if "Norm" in type(module).__name__ and gain is not None and gain.ndim == 1:
+            size = float(gain.detach().float().square().mean().sqrt())
+            found |= {f"{name}.{key}": size for key, value in module._parameters.items() if value is not None}
+    return found

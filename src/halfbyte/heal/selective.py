@@ -9,6 +9,8 @@ output, and their mean is taken, so that no layer counts more for its scale and 
 - A rounded weight follows Q(w): every update may flip it, in both directions. The authors' code freezes the round-up bits.
 - Scales are learned as logarithms of what they are relative to calibration: they stay positive, and one rate suits all. Each row
   of a batch uses the scale of its own timestep; zero points and weight scales stay as calibrated.
+- Biases of all layers and the gains and offsets of norms are learned with the critical layers: a few thousandths of the parameters,
+  nothing at run time. The paper learns none of them (`affine=False`).
 - The weights of all other layers are rounded once. Only what is trained has gradients and optimizer state.
 """
 
@@ -23,9 +25,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from halfbyte.errors import HealError
 from halfbyte.heal.method import Method, mean_square
-from halfbyte.heal.scales import SCALE_RATE, learned_input, weight_step
+from halfbyte.heal.scales import NORM_RATE, SCALE_RATE, learned_input, norm_parameters, weight_step
 from halfbyte.heal.states import Batch, prediction
-from halfbyte.heal.talora import replace
+from halfbyte.heal.talora import replace, restore
 from halfbyte.layers import FAKE_QUANT, FakeQuant, apply_layer
 
 
@@ -36,10 +38,11 @@ class Stage:
     name: str
     weights: tuple[str, ...]  # layers whose weight and bias are trained
     scales: tuple[str, ...]  # layers whose calibrated input scales are
+    affine: bool = False  # whether the biases of all layers, and the gains and offsets of norms, are
     energy: Mapping[str, float] = field(repr=False, default_factory=dict)  # mean square of each trained layer's output
 
     def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "weights": list(self.weights), "scales": list(self.scales)}
+        return {"name": self.name, "weights": list(self.weights), "scales": list(self.scales), "affine": self.affine}
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,17 @@ class SelectiveLayer(FakeQuant):
     log_scale: Any  # nn.Parameter float32 (T,): log of the input's scale over the calibrated one; None where it is not trained
 
     @classmethod
-    def wrap(cls, layer: FakeQuant, weight: bool, scale: bool) -> Any:
+    def wrap(cls, layer: FakeQuant, weight: bool, scale: bool, bias: bool = False) -> Any:
         """A layer like the given one that computes the same, with parameters of its own for what is trained."""
         made = cls.like(layer)
         made.register_buffer("held", None, persistent=False)
         made.register_parameter("log_scale", None)
         if weight:
             made.weight = nn.Parameter(layer.weight.detach().clone())
-            made.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
         else:
             made.held = layer.rounded_weight(layer.weight.detach())
+        if (weight or bias) and layer.bias is not None:
+            made.bias = nn.Parameter(layer.bias.detach().clone())
         if scale and layer.activation_scale is not None:
             made.log_scale = nn.Parameter(torch.zeros_like(layer.activation_scale))
         return made
@@ -146,8 +150,10 @@ class Selective(Method):
         self.layers: dict[str, Any] = {}
         for name, layer in self.before.items():
             kind = next(kind for kind in KINDS if isinstance(layer, kind))
-            self.layers[name] = KINDS[kind].wrap(layer, name in stage.weights, name in stage.scales)
+            self.layers[name] = KINDS[kind].wrap(layer, name in stage.weights, name in stage.scales, stage.affine)
         replace(student, self.layers)
+        self.norms = norm_parameters(student) if stage.affine else {}
+        self.untouched = {name: student.get_parameter(name).detach().clone() for name in self.norms}
         self.look: Callable[[str, Tensor], None] | None = None  # at the outputs of the trained layers, while a loss is computed
         self.handles: list[Any] = []
         if weights.local_weight:
@@ -162,11 +168,12 @@ class Selective(Method):
         return look
 
     def trained(self) -> dict[str, float]:
-        rates: dict[str, float] = {}
-        for name in self.stage.weights:
+        rates = {name: NORM_RATE * size for name, size in self.norms.items()}
+        for name in self.layers if self.stage.affine else self.stage.weights:
             layer = self.layers[name]
+            parts = {"weight": name in self.stage.weights, "bias": layer.bias is not None}
             step = float(weight_step(layer).mean())
-            rates |= {f"{name}.{part}": step for part in ("weight", "bias") if getattr(layer, part) is not None}
+            rates |= {f"{name}.{part}": step for part, trained in parts.items() if trained}
         rates |= {
             f"{name}.log_scale": self.settings.scale_rate for name in self.stage.scales if self.layers[name].log_scale is not None
         }
@@ -205,6 +212,10 @@ class Selective(Method):
 
     def remove(self) -> None:
         """Take the layers out again; the student is as it came."""
+        self._take_out()
+        restore(self.student, self.untouched)
+
+    def _take_out(self) -> None:
         for handle in self.handles:
             handle.remove()
         replace(self.student, self.before)
@@ -216,10 +227,11 @@ class Selective(Method):
             before = self.before[name]
             if name in self.stage.weights:
                 before.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)
-                before.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+            if layer.bias is not None:
+                before.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
             if layer.log_scale is not None:
                 before.activation_scale = layer.learned_scale()
-        self.remove()
+        self._take_out()
 
 
 def quantized_layers(student: nn.Module) -> dict[str, FakeQuant]:
@@ -239,9 +251,13 @@ def quantized_layers(student: nn.Module) -> dict[str, FakeQuant]:
     return layers
 
 
-def parameters_of(layers: Mapping[str, Any], stages: Sequence[Stage]) -> int:
-    """How many parameters some stages train: weights, biases and scales, each counted once."""
+def parameters_of(student: nn.Module, stages: Sequence[Stage]) -> int:
+    """How many parameters some stages train: weights, biases, scales and those of norms, each counted once."""
+    layers: dict[str, Any] = dict(quantized_layers(student))
+    affine = any(stage.affine for stage in stages)
     weights = {name for stage in stages for name in stage.weights}
     scales = {name for stage in stages for name in stage.scales}
-    counted = sum(p.numel() for name in weights for p in (layers[name].weight, layers[name].bias) if p is not None)
-    return int(counted + sum(table.numel() for name in scales if (table := layers[name].activation_scale) is not None))
+    found = [layers[name].weight for name in weights] + [layers[name].bias for name in (layers if affine else weights)]
+    found += [layers[name].activation_scale for name in scales]
+    found += [student.get_parameter(name) for name in norm_parameters(student)] if affine else []
+    return sum(one.numel() for one in found if one is not None)

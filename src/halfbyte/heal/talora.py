@@ -30,12 +30,11 @@ from halfbyte.errors import HealError
 from halfbyte.formats import get_grid
 from halfbyte.heal.method import Method, mean_square
 from halfbyte.heal.routing import LoRASettings, Routing, by_choice
-from halfbyte.heal.scales import learned_input, weight_step
+from halfbyte.heal.scales import NORM_RATE, learned_input, norm_parameters, weight_step
 from halfbyte.heal.states import Batch, prediction
 from halfbyte.layers import FAKE_QUANT, FakeQuant, apply_layer, follow_timesteps, input_to_rows, matrix_to_weight, weight_to_matrix
 from halfbyte.quantizers import FixedScale
 
-NORM_RATE = 0.1  # relative change of a norm's gain where a weight moves by one quantization step
 ROUTING = "talora_routing"  # the name of the router among the student's modules
 
 
@@ -201,9 +200,7 @@ class TALoRA(Method):
     def remove(self) -> None:
         """Take hubs and router out again; the student is as it came."""
         self._take_out()
-        for name, value in self.untouched.items():
-            module, _, key = name.rpartition(".")
-            setattr(self.student.get_submodule(module), key, nn.Parameter(value))
+        restore(self.student, self.untouched)
 
     def _take_out(self) -> None:
         self.handle.remove()
@@ -277,20 +274,6 @@ def lora_targets(student: nn.Module) -> dict[str, Any]:
     return found
 
 
-def norm_parameters(model: nn.Module) -> dict[str, float]:
-    """Gains and offsets of the normalisations that have one for every channel, by name, with the root mean square of the gains.
-
-    Normalisations of any library are told by their class's name.
-    """
-    found: dict[str, float] = {}
-    for name, module in model.named_modules():
-        gain = module._parameters.get("weight")
-        if "Norm" in type(module).__name__ and gain is not None and gain.ndim == 1:
-            size = float(gain.detach().float().square().mean().sqrt())
-            found |= {f"{name}.{key}": size for key, value in module._parameters.items() if value is not None}
-    return found
-
-
 def replace(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put layers in place of those of the same names, and in every other place those are used in."""
     old = {model.get_submodule(name): layer for name, layer in layers.items()}
@@ -298,3 +281,10 @@ def replace(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         if module in old:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, old[module])
+
+
+def restore(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Put values back in place of the parameters of the same names."""
+    for name, value in parameters.items():
+        module, _, key = name.rpartition(".")
+        setattr(model.get_submodule(module), key, nn.Parameter(value))
