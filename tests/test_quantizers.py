@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from halfbyte import quantizers
 from halfbyte.formats import get_grid, round_to_grid
-from halfbyte.quantizers import absmax_scale, minmax_scale, round_units, round_with_shifts, search_scale, spread, weight_scale
+from halfbyte.quantizers import (
+    absmax_scale,
+    minmax_scale,
+    round_units,
+    round_with_multiples,
+    round_with_shifts,
+    search_scale,
+    spread,
+    weight_scale,
+)
 from halfbyte.recipe import WeightSpec
 
 # Magnitudes of the grids that carry shifts, and their largest shift.
@@ -127,6 +136,41 @@ def test_rounding_with_shifts_is_the_oracle_bit_for_bit(name, subgroup, columns)
         assert shifts.tolist() == expected_shifts
         assert (levels.dtype, shifts.dtype) == (torch.float32, torch.uint8)
         assert not levels[levels == 0].signbit().any()
+
+
+def multiplied(values, name, most):
+    """The smallest multiple that reaches the largest magnitude, or the one below where its error is less."""
+    top, largest = MAGNITUDES[name][0][-1], max(map(abs, values))
+    reaching = min(max(-(-largest // top), 1), most)
+    found = {m: [nearest(value / m, name) * m for value in values] for m in (reaching, max(reaching - 1, 1))}
+    multiple = min(found, key=lambda m: error(found[m], values))  # the first of equals is the one that reaches
+    return found[multiple], multiple
+
+
+@every_grid
+@pytest.mark.parametrize("subgroup", [1, 7, 16, 32])
+def test_rounding_with_multiples_is_the_oracle_bit_for_bit(name, subgroup):
+    limit = 255 if name.startswith("u") else 127
+    for most in (2, min(16, limit // MAGNITUDES[name][0][-1])):
+        units = np.rint(awkward_units(name, 33)).clip(-127, limit)
+        levels, multiples = round_with_multiples(tensor(units), get_grid(name), most, subgroup)
+        expected, chosen = by_subgroups(units, subgroup, multiplied, name, most)
+        assert levels.tolist() == expected
+        assert multiples.tolist() == chosen
+        assert (levels.dtype, multiples.dtype) == (torch.float32, torch.uint8)
+        assert not levels[levels == 0].signbit().any()
+
+
+def test_multiples_by_hand():
+    cases = [
+        ([104, 15, -2, 10], 16, [105, 15, 0, 15], 15),  # lzs4, top 7
+        ([100, 3, -2, 10], 16, [98, 0, 0, 14], 14),  # one less than would reach is nearer
+        ([7, 1, -7, 0], 16, [7, 1, -7, 0], 1),
+        ([112, 0, 0, 0], 8, [56, 0, 0, 0], 8),  # not beyond the largest
+    ]
+    for values, most, expected, multiple in cases:
+        levels, multiples = round_with_multiples(tensor(values), get_grid("lzs4"), most, 4)
+        assert (levels.tolist(), multiples.tolist()) == (expected, [multiple])
 
 
 @pytest.mark.parametrize("name", INTEGER_GRIDS)

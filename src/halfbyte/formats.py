@@ -85,12 +85,17 @@ class Grid:
         """
         if self.bits != 4 or self.coding in ("twos-complement", "codebook"):
             return 0
-        return ((127 if self.signed else 255) // self.top).bit_length() - 1
+        return (self.reach // self.top).bit_length() - 1
+
+    @property
+    def reach(self) -> int:
+        """The largest integer of the bytes that products are taken of: of int8 (signed), or of uint8."""
+        return 127 if self.signed else 255
 
     @property
     def simulated_only(self) -> bool:
         """Whether there is no packed form: codes that are neither nibbles nor bytes, or levels beyond 8 bits."""
-        return self.coding == "codebook" or self.bits not in (4, 8) or self.top > (127 if self.signed else 255)
+        return self.coding == "codebook" or self.bits not in (4, 8) or self.top > self.reach
 
     @property
     def decoded_dtype(self) -> torch.dtype:

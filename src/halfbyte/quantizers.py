@@ -8,6 +8,7 @@ Both the trainable and the packed layers call these same functions, which is why
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,17 +62,46 @@ def round_with_shifts(units: Tensor, grid: Grid, max_shift: int, subgroup: int, 
     Returns:
         float32 integers (..., n), already shifted, and uint8 shifts (..., ceil(n / subgroup)).
     """
+    return _by_subgroups(units, subgroup, partial(_cut if truncate else _round_best, grid, max_shift))
+
+
+def round_with_multiples(units: Tensor, grid: Grid, max_multiple: int, subgroup: int) -> tuple[Tensor, Tensor]:
+    """Round each subgroup to `level * multiple` with a small integer of its own: leading-zero suppression in finer steps.
+
+    A shift fits a subgroup within a factor of two, a multiple within one step of the table. It is the smallest with which the
+    table's top reaches the largest magnitude, or one less where that lowers the squared error. Products stay exact in integers.
+
+    Args:
+        units: whole numbers in float32 (..., n), in units of the scale.
+        subgroup: neighbours along the last axis that share a multiple; the last subgroup may be shorter.
+    Returns:
+        float32 integers (..., n), already multiplied, and uint8 multiples (..., ceil(n / subgroup)), 1 to `max_multiple`.
+    """
+    return _by_subgroups(units, subgroup, partial(_round_multiple, grid, max_multiple))
+
+
+def _by_subgroups(units: Tensor, subgroup: int, round_part: Callable[[Tensor, Tensor, Tensor], None]) -> tuple[Tensor, Tensor]:
+    """`round_part` on groups (g, subgroup) of neighbours, into levels of their shape and one number (uint8) a group."""
     count = units.shape[-1]
     tail = -count % subgroup
     groups = (F.pad(units, (0, tail)) if tail else units).unflatten(-1, (-1, subgroup))
     levels = torch.empty(groups.shape, dtype=groups.dtype, device=groups.device)  # contiguous, whatever the input is
-    shifts = torch.empty(groups.shape[:-1], dtype=torch.uint8, device=groups.device)
+    numbers = torch.empty(groups.shape[:-1], dtype=torch.uint8, device=groups.device)
     size = max(1, CACHED_VALUES // subgroup)
-    parts = groups.reshape(-1, subgroup).split(size), levels.view(-1, subgroup).split(size), shifts.view(-1).split(size)
-    round_part = _cut if truncate else _round_best
-    for exact, out, shift in zip(*parts, strict=True):
-        round_part(exact, grid, max_shift, out, shift)
-    return levels.flatten(-2)[..., :count], shifts
+    parts = groups.reshape(-1, subgroup).split(size), levels.view(-1, subgroup).split(size), numbers.view(-1).split(size)
+    for exact, out, number in zip(*parts, strict=True):
+        round_part(exact, out, number)
+    return levels.flatten(-2)[..., :count], numbers
+
+
+def _round_multiple(grid: Grid, max_multiple: int, groups: Tensor, out: Tensor, multiples: Tensor) -> None:
+    columns, largest = _columns(groups)
+    reaching = (largest / grid.top).ceil_().clamp_(1, max_multiple)
+    less = (reaching - 1).clamp_(min=1)
+    levels, lower = (round_to_grid(columns / multiple, grid).mul_(multiple) for multiple in (reaching, less))
+    better = _sum_columns((lower - columns).square_()) < _sum_columns((levels - columns).square_())
+    out.copy_(torch.where(better, lower, levels).t())
+    multiples.copy_(torch.where(better, less, reaching))
 
 
 def _flag(largest: Tensor, grid: Grid, max_shift: int) -> Tensor:
@@ -107,7 +137,7 @@ def _sum_columns(columns: Tensor) -> Tensor:
     return columns[0]
 
 
-def _round_best(groups: Tensor, grid: Grid, max_shift: int, out: Tensor, shifts: Tensor) -> None:
+def _round_best(grid: Grid, max_shift: int, groups: Tensor, out: Tensor, shifts: Tensor) -> None:
     """A larger shift can only help groups that saturate: below the top, a grid holds every level of the next coarser one."""
     columns, largest = _columns(groups)
     shift = _flag(largest, grid, max_shift)
@@ -128,7 +158,7 @@ def _saturated(largest: Tensor, shift: Tensor, grid: Grid, max_shift: int) -> Te
     return ((largest > grid.top * _power_of_two(shift)) & (shift < max_shift)).nonzero().squeeze(1)
 
 
-def _cut(groups: Tensor, grid: Grid, max_shift: int, out: Tensor, shifts: Tensor) -> None:
+def _cut(grid: Grid, max_shift: int, groups: Tensor, out: Tensor, shifts: Tensor) -> None:
     flag = _flag(groups.abs().amax(-1, keepdim=True), grid, max_shift)
     kept = (groups.abs() * torch.exp2(-flag)).floor_().clamp_(max=grid.top) * torch.exp2(flag)
     out.copy_(kept.copysign(groups).add_(0.0))
@@ -386,9 +416,11 @@ def _quantize_rows(values: Tensor, spec: ActivationSpec, fixed: FixedScale | Non
 
 
 def _round_activation(units: Tensor, grid: Grid, spec: ActivationSpec) -> Tensor:
-    if not spec.max_shift:
+    if not spec.two_stage:
         return round_to_grid(units, grid)
     stage1 = units.round().clamp_(0 if spec.zero_point else -spec.top, spec.top)
+    if spec.max_multiple:
+        return round_with_multiples(stage1, grid, spec.max_multiple, spec.subgroup)[0]
     return round_with_shifts(stage1, grid, spec.max_shift, spec.subgroup, spec.rounding == "truncate")[0]
 
 
@@ -425,7 +457,7 @@ class _LearnedScale(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero = ctx.saved_tensors
         spec, size = ctx.spec, _rows_together(x)
-        bottom = -spec.top if spec.max_shift and not spec.zero_point else get_grid(spec.grid).bottom
+        bottom = -spec.top if spec.two_stage and not spec.zero_point else get_grid(spec.grid).bottom
         of_x, of_scale = torch.empty_like(x), torch.empty_like(scale)
         parts = (tensor.split(size) for tensor in (x, gradient, scale, zero, of_x, of_scale))
         for values, above, step, offset, to_x, to_scale in zip(*parts, strict=True):

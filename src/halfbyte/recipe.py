@@ -23,6 +23,16 @@ def _check_shift(owner: str, grid: Grid, max_shift: int, subgroup: int) -> None:
         raise RecipeError(f"{owner}: subgroup must be 1 to 1024 values, got {subgroup}")
 
 
+def _check_multiple(grid: Grid, most: int, max_shift: int) -> None:
+    limit = min(16, grid.reach // grid.top) if grid.bits == 4 else 0  # 16: it is a nibble
+    if most and (max_shift or not 2 <= most <= limit):
+        allowed = f"2 to {limit}" if limit >= 2 else "none"
+        raise RecipeError(
+            f"ActivationSpec: max_multiple of grid {grid.name!r} can be {allowed}, and only where max_shift is 0; "
+            f"got {most}" + (f" with max_shift {max_shift}" if max_shift else "")
+        )
+
+
 GroupScale = Literal["float32", "e4m3", "e8m0"]
 
 
@@ -71,22 +81,25 @@ class ActivationSpec(Fields):
 
     One float32 scale a token (the row of a linear layer) or an image (convolutions, whose K spans neighbouring pixels), taken from
     the data (`dynamic`); or calibrated ones: a single one (`static`), or one for each calibrated timestep (`timestep`).
-    Shifted grids round twice: to 8-bit integers, then each subgroup of channels to the 4-bit table.
+    Grids with shifts or multiples round twice: to 8-bit integers, then each subgroup of channels to the 4-bit table, times a power
+    of two or times a small integer of its own.
     """
 
     grid: str = "int8"
     max_shift: int = 0
-    subgroup: int = 16  # neighbouring channels of one token or pixel that share a shift
+    subgroup: int = 16  # neighbouring channels of one token or pixel that share a shift or multiple
     zero_point: bool = False  # min-max range with an integer zero point; unsigned grids only
     rounding: Literal["nearest", "truncate"] = "nearest"  # of the second stage; truncate is the paper's plain right shift
     peak: int = 0  # integer the largest magnitude maps to; 0: the top level after the largest shift
     group: int = 0  # channels of one token or pixel that share a scale; 0: the whole token or image. Else simulated only
     group_scale: GroupScale = "float32"  # what the scales of groups are rounded to
     scale: Literal["dynamic", "static", "timestep"] = "dynamic"
+    max_multiple: int = 0  # largest integer that the levels of a subgroup are multiplied with, in place of a shift; 0: none
 
     def _check(self) -> None:
         grid = get_grid(self.grid)
         _check_shift("ActivationSpec", grid, self.max_shift, self.subgroup)
+        _check_multiple(grid, self.max_multiple, self.max_shift)
         if self.zero_point == grid.signed:
             need = "needs a zero point" if self.zero_point is False else "cannot have a zero point"
             raise RecipeError(f"ActivationSpec: grid {self.grid!r} {need}; set zero_point to {not self.zero_point}")
@@ -104,13 +117,24 @@ class ActivationSpec(Fields):
     @property
     def top(self) -> int:
         """The integer that the largest magnitude (or range) maps to."""
-        return self.peak or get_grid(self.grid).top << self.max_shift
+        return self.peak or get_grid(self.grid).top * self.largest_step
+
+    @property
+    def largest_step(self) -> int:
+        """What the levels of a subgroup are multiplied with at most."""
+        return self.max_multiple or 1 << self.max_shift
+
+    @property
+    def two_stage(self) -> bool:
+        """Whether values are rounded to whole numbers first, then by subgroups."""
+        return bool(self.max_shift or self.max_multiple)
 
     def describe(self) -> str:
         zero = " +z" if self.zero_point else ""
         cut = " cut" if self.rounding == "truncate" else ""
         fixed = "" if self.scale == "dynamic" else f" {self.scale}"
-        return _describe(self.grid, self.max_shift, self.subgroup, self.group, self.group_scale) + zero + cut + fixed
+        name = self.grid + (f"*{self.max_multiple}/{self.subgroup}" if self.max_multiple else "")
+        return _describe(name, self.max_shift, self.subgroup, self.group, self.group_scale) + zero + cut + fixed
 
 
 def _describe(grid: str, max_shift: int, subgroup: int, group: int, scale: str) -> str:

@@ -27,6 +27,8 @@ SPECS = {
     "shifted floats": ActivationSpec("e2m1", max_shift=2),
     "unsigned": ActivationSpec("ue2m2", zero_point=True),
     "unsigned, shifted": ActivationSpec("ue1m3", max_shift=4, zero_point=True),
+    "multiples": ActivationSpec("e2m1", max_multiple=10),
+    "unsigned multiples": ActivationSpec("ue1m3", max_multiple=16, zero_point=True, subgroup=8),
     "groups": ActivationSpec("int4", group=16),
     "unsigned groups": ActivationSpec("ue1m3", zero_point=True, group=10),
     "calibrated": ActivationSpec("int4", scale="static"),
@@ -66,7 +68,7 @@ def test_counts_are_those_of_numpy(spec, shape):
         assert made["outside"] == pytest.approx(((units < found.ends[0]) | (units > found.ends[1])).mean(), abs=2 / x.numel())
     assert sum(made["counts"]) == x.numel()
     assert sum(made["shifts"]) == pytest.approx(1, abs=1e-5)
-    if not spec.max_shift and spec.scale == "dynamic" and not spec.zero_point:
+    if not spec.two_stage and spec.scale == "dynamic" and not spec.zero_point:
         assert made["entropy"] == pytest.approx(numpy_entropy(integers.numpy()), abs=1e-9)  # a level has one code
     assert made["step"] > 0
     plain = (x.abs().amax((1, 2), keepdim=True) / 7).numpy()
@@ -81,15 +83,15 @@ def test_codes_and_shifts_give_the_levels_back(spec, monkeypatch):
     monkeypatch.setattr(room, "levels_to_codes", lambda levels, grid: seen.append((levels, grid)) or torch.zeros(1))
     zero = found._zero(x, fixed)
     integers, _ = quantize_activation(x, spec, fixed)
-    found._counted(integers + zero)
+    found._counted(integers + zero, x * quantize_activation(x, spec, fixed)[1].reciprocal() + zero)
     levels, grid = seen[0]
     assert set(levels.unique().tolist()) <= {float(level) for level in grid.levels}
     shifted = (integers + zero).numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
         factor = np.where(levels.numpy() != 0, shifted / levels.numpy(), 1)
-    assert set(np.unique(factor)) <= {2.0**shift for shift in range(spec.max_shift + 1)}
+    assert set(np.unique(factor)) <= {*range(1, spec.max_multiple + 1)} | {2.0**shift for shift in range(spec.max_shift + 1)}
     assert ((levels.numpy() == 0) == (shifted == 0)).all()
-    assert shifted.min() >= (0 if spec.zero_point else -(2**spec.max_shift) * grid.top - 1)
+    assert shifted.min() >= (0 if spec.zero_point else -spec.largest_step * grid.top - 1)
 
 
 def test_entropy():

@@ -10,7 +10,7 @@ from halfbyte.report.pictures import data_uri, grid_png
 
 EVIL = "<script>alert('$x_{1')</script>"
 LAYERS = ("conv_in", "down_blocks.0.conv1", "down_blocks.0.conv2", "down_blocks.1.to_q", f"mid_block.{EVIL}", "conv_out")
-INPUT_CODES = {"grid": "lzs4", "entropy": 3.2, "plain": 2.5, "shifts": [0.5, 0.5], "step": 0.1, "zero": 0.0}
+INPUT_CODES = {"grid": "lzs4", "entropy": 3.2, "plain": 2.5, "steps": [1, 2], "shifts": [0.5, 0.5], "step": 0.1, "zero": 0.0}
 INPUT_CODES |= {"low": -15.0, "high": 15.0, "counts": [1, 20, 300, 20], "outside": 0.0}
 
 
@@ -18,6 +18,7 @@ def make_input_codes(grid="lzs4", shifts=(0.1, 0.2, 0.3, 0.3, 0.1), low=-112.5, 
     """A bell of values."""
     counts = [round(10_000 * math.exp(-(((index - 31.5) / 9) ** 2))) for index in range(64)]
     made = {"grid": grid, "entropy": 3.25, "plain": 2.5, "shifts": list(shifts), "step": 0.05, "zero": 0.0}
+    made["steps"] = [2**shift for shift in range(len(changes.get("shifts", shifts)))]
     return made | {"low": low, "high": high, "counts": counts, "outside": 0.0} | changes
 
 

@@ -74,7 +74,7 @@ def test_the_picture_is_told_in_words(input_codes):
     counts, edges = input_codes()["counts"], np.linspace(-112.5, 112.5, 65)
     middle = sum(count for count, left in zip(counts, edges, strict=False) if low - 0.1 <= left < high - 0.1)
     assert 0.9 <= middle / sum(counts) < 0.97
-    assert "0: <0.01 %, 1: 100 %" in words
+    assert "1: <0.01 %, 2: 100 %" in words
     assert root.get("role") == "img"
 
 

@@ -299,7 +299,7 @@ def test_a_page_of_500_layers_stays_below_5_megabytes(results, tmp_path, make_la
     layers = [make_layer(f"transformer_blocks.{n // 10}.attention.to_q.{n % 10}", 5.0 + n / 50) for n in range(500)]
     counts = [(index * 7919) % 10_000 for index in range(64)]  # as uneven as can be
     for layer in layers:
-        layer["input_codes"] |= {"counts": counts, "shifts": [0.2] * 5, "low": -112.5, "high": 112.5}
+        layer["input_codes"] |= {"counts": counts, "shifts": [0.2] * 5, "steps": [1, 2, 4, 8, 16], "low": -112.5, "high": 112.5}
     results["runs"] = [run if run["sqnr"] is None else run | {"layers": layers} for run in results["runs"][:4]]
     made = write(results, tmp_path)
     assert len([svg for svg in made.all("svg") if svg.get("class") == "levels"]) == 1500

@@ -21,6 +21,7 @@ from halfbyte.quantizers import (
     minmax_scale,
     quantize_activation,
     quantize_weight,
+    round_with_multiples,
     round_with_shifts,
     spread,
     weight_scale,
@@ -50,7 +51,7 @@ class InputCodes:
 
     def __init__(self, spec: ActivationSpec) -> None:
         self.spec, self.grid = spec, get_grid(spec.grid)
-        levels = sorted(level * 2**spec.max_shift for level in self.grid.levels)
+        levels = sorted(level * spec.largest_step for level in self.grid.levels)
         self.ends = levels[0] - (levels[1] - levels[0]) / 2, levels[-1] + (levels[-1] - levels[-2]) / 2
         beyond = MARGIN * (levels[-1] - levels[0]) if spec.scale != "dynamic" else 0.0
         self.low, self.high = self.ends[0] - beyond, max(self.ends[1] + beyond, spec.peak)
@@ -58,7 +59,7 @@ class InputCodes:
         self.bins = torch.zeros(BINS, dtype=torch.int64)
         self.codes = torch.zeros(2**self.grid.bits, dtype=torch.int64)
         self.plain = torch.zeros(16, dtype=torch.int64)
-        self.shifts = torch.zeros(spec.max_shift + 1, dtype=torch.int64)
+        self.shifts = torch.zeros(spec.max_multiple or spec.max_shift + 1, dtype=torch.int64)  # multiples from 1
         self.outside = 0
         self.steps: list[Tensor] = []
         self.zeros: list[Tensor] = []
@@ -77,11 +78,11 @@ class InputCodes:
             return
         integers, scale = quantize_activation(rows, self.spec, fixed)
         zero = self._zero(rows, fixed)
-        units, levels = (rows / scale + zero).flatten(), integers + zero
+        units, levels = (rows * scale.reciprocal() + zero).flatten(), integers + zero
         place = ((units - self.low) * (BINS / (self.high - self.low))).long().clamp_(0, BINS - 1)
         self.bins += torch.bincount(place, minlength=BINS).cpu()
         self.outside += int(((units < self.ends[0]) | (units > self.ends[1])).sum())
-        self.codes += self._counted(levels)
+        self.codes += self._counted(levels, units.view(levels.shape))
         self.plain += _count_codes(quantize_activation(rows, PLAIN.activation)[0], "int4")  # type: ignore[arg-type]
         self.steps.append(_some(scale))
         self.zeros.append(_some(zero))
@@ -96,15 +97,21 @@ class InputCodes:
         flat = F.pad(rows, (0, -channels % spec.group)).reshape(-1, spec.group) if spec.group else rows.reshape(count, -1)
         return spread(minmax_scale(flat, spec.top)[1].view(count, pixels if spec.group else 1, -1), channels, spec.group)
 
-    def _counted(self, levels: Tensor) -> Tensor:
-        """How often each code stands for these levels (r, p, c), which have their zero points on; counts the shifts too.
+    def _counted(self, levels: Tensor, units: Tensor) -> Tensor:
+        """How often each code stands for these levels (r, p, c), which have their zero points on; counts shifts or multiples too.
 
-        The shift of a subgroup is found by rounding once more: levels that were rounded keep their values and their shift.
+        The shift of a subgroup is found by rounding once more: levels that were rounded keep their values and their shift. Its
+        multiple is found from the values before, `units` (r, p, c).
         """
         spec = self.spec
-        if not spec.max_shift:
+        if not spec.two_stage:
             self.shifts += levels.numel()
             return _count_codes(levels, spec.grid)
+        if spec.max_multiple:
+            whole = units.round().clamp_(0 if spec.zero_point else -spec.top, spec.top)
+            levels, multiple = round_with_multiples(whole, self.grid, spec.max_multiple, spec.subgroup)
+            self.shifts += torch.bincount(multiple.flatten() - 1, minlength=spec.max_multiple).cpu()
+            return _count_codes(levels / spread(multiple.float(), levels.shape[-1], spec.subgroup), spec.grid)
         levels, shift = round_with_shifts(levels, self.grid, spec.max_shift, spec.subgroup)
         self.shifts += torch.bincount(shift.flatten(), minlength=spec.max_shift + 1).cpu()
         own = spread(torch.exp2(-shift.float()), levels.shape[-1], spec.subgroup)
@@ -119,6 +126,7 @@ class InputCodes:
             "entropy": entropy(self.codes),
             "plain": entropy(self.plain),
             "shifts": [round(share, 6) for share in (self.shifts / self.shifts.sum()).tolist()],
+            "steps": [*range(1, self.spec.max_multiple + 1)] or [2**shift for shift in range(self.spec.max_shift + 1)],
             "step": float(torch.cat(self.steps).median()),
             "zero": float(torch.cat(self.zeros).median()),
             "low": self.low,

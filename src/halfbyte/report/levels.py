@@ -35,7 +35,7 @@ class LevelPictures:
     ranked: bool  # by the SQNR of the layers' outputs; else in model order
 
 
-Key = tuple[str, int, float, float]  # grid, largest shift, ends of the axis: what the rows of levels depend on
+Key = tuple[str, tuple[int, ...], float, float]  # grid, steps, ends of the axis: what the rows of levels depend on
 
 
 class LevelDrawings:
@@ -67,7 +67,7 @@ class LevelDrawings:
         facts.append(f"step {codes['step']:.2g}")
         if codes["outside"]:
             facts.append(f"{percent(codes['outside'])} cut off")
-        key = (codes["grid"], len(codes["shifts"]) - 1, codes["low"], codes["high"])
+        key = (codes["grid"], tuple(codes["steps"]), codes["low"], codes["high"])
         comb = list(self.combs).index(key) if key in self.combs else len(self.combs)
         self.combs.setdefault(key, _comb(key))
         return LevelPicture(row["name"], facts, _svg(codes, comb))
@@ -102,12 +102,12 @@ def _bars(counts: Sequence[int]) -> str:
 
 
 def _comb(key: Key) -> str:
-    """A row of ticks for every shift, the finest above; grids without shifts have their levels drawn through the bars."""
-    grid, shifts, low, high = key
+    """A row of ticks for every shift or multiple, the finest above; grids without have their levels drawn through the bars."""
+    grid, steps, low, high = key
     parts = []
-    for shift in range(shifts + 1):
-        y, height = (HEIGHT + 3 + ROW * shift, ROW - 3) if shifts else (4, HEIGHT)
-        places = sorted({round(_place(level * 2**shift, low, high), 1) for level in get_grid(grid).levels})
+    for row, step in enumerate(steps):
+        y, height = (HEIGHT + 3 + ROW * row, ROW - 3) if len(steps) > 1 else (4, HEIGHT)
+        places = sorted({round(_place(level * step, low, high), 1) for level in get_grid(grid).levels})
         parts.append("".join(f"M{place:g} {y}v{height}" for place in places))
     return f'<path d="{"".join(parts)}"/>'
 
@@ -121,7 +121,7 @@ def _svg(codes: InputCodes, comb: int) -> str:
     if shifted:
         labels += [(HEIGHT + ROW * (shift + 1), percent(share)) for shift, share in enumerate(shifts)]
     drawn += [f'<text x="{LEFT - 5}" y="{y:.0f}" text-anchor="end">{escape(label)}</text>' for y, label in labels]
-    largest = 2 ** (len(shifts) - 1)
+    largest = codes["steps"][-1]
     for value in dict.fromkeys((largest * min(levels), round(codes["zero"]), largest * max(levels))):
         place = _place(value, low, high)
         anchor = "middle" if place < LEFT + WIDTH - 12 else "end"
@@ -140,5 +140,6 @@ def _described(codes: InputCodes) -> str:
     above = next((index for index, seen in enumerate(accumulate(reversed(counts))) if seen > least), 0)
     said = f"90 % of the values lie between {codes['low'] + below * width:.1f} and {codes['high'] - above * width:.1f} steps"
     if len(shifts) > 1:
-        said += "; subgroups by shift: " + ", ".join(f"{shift}: {percent(share)}" for shift, share in enumerate(shifts))
+        shares = (f"{step}: {percent(share)}" for step, share in zip(codes["steps"], shifts, strict=True))
+        said += "; subgroups by step: " + ", ".join(shares)
     return f"{said}."

@@ -61,7 +61,8 @@ class Codes(TypedDict):
 class InputCodes(Codes):
     """Where the values of a layer's input lie, in steps of its scale, with the zero point added."""
 
-    shifts: list[float]  # share of the subgroups that each shift serves; [1.0] where there are none
+    steps: list[int]  # what subgroups are multiplied with: powers of two, or multiples; [1] where they are not
+    shifts: list[float]  # share of the subgroups that each of them serves
     step: float  # the median scale
     zero: float  # the median zero point
     low: float  # ends of the histogram

@@ -38,6 +38,8 @@ def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
         return "the C++ engine has no transposed convolutions"
     if spec.activation is None:
         return FLOAT_INPUT
+    if spec.activation.max_multiple:
+        return "the C++ engine has no multiples yet"
     if matrix_shape(layer)[1] > engine.longest_k():
         return f"its dot products are longer than {engine.longest_k()}"
     found = geometry_of(layer)

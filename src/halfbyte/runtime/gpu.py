@@ -65,6 +65,8 @@ def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
         return "the GPU engine has no transposed convolutions"
     if spec.activation is None:
         return "its input stays in float"
+    if spec.activation.max_multiple:
+        return "the GPU engine has no multiples yet"
     odd = [one.subgroup for one in (spec.weight, spec.activation) if one.max_shift and one.subgroup & (one.subgroup - 1)]
     odd += [one.subgroup for one in (spec.weight, spec.activation) if one.max_shift and not 2 <= one.subgroup <= 1024]
     if odd:
