@@ -28,7 +28,8 @@ from halfbyte.heal.memory import step_peaks
 from halfbyte.heal.selective import Selective, parameters_of
 from halfbyte.heal.settings import Settings
 from halfbyte.heal.states import PoolSettings, StatePool
-from halfbyte.recipe import Recipe, get_recipe
+from halfbyte.presets import get_recipe
+from halfbyte.recipe import Recipe
 from halfbyte.targets import TARGETS
 
 LOCAL = {"method": "quest", "global_weight": 0.0}

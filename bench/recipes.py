@@ -33,7 +33,8 @@ from halfbyte.evaluate.pairs import sample_batch
 from halfbyte.evidence.table import load_model
 from halfbyte.metrics import psnr
 from halfbyte.metrics.intervals import of_frechet, of_mean
-from halfbyte.recipe import PRESETS, ActivationSpec, LayerSpec, Recipe, WeightSpec
+from halfbyte.presets import PRESETS
+from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec
 
 MODELS = Path(__file__).parents[1] / "models"
 BATCH = 64

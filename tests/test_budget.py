@@ -18,7 +18,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import float_states, prediction_sqnr
 from halfbyte.latency import FLOAT, Latency
 from halfbyte.layers import matrix_shape
-from halfbyte.recipe import get_recipe
+from halfbyte.presets import get_recipe
 from halfbyte.report.heatmap import heat, write_heatmap
 
 WIDTHS = ("w4a4", "w4a8", "w8a8")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from halfbyte import checkpoint
 from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, OutputExistsError, RecipeError, VersionError
-from halfbyte.recipe import PRESETS, Recipe
+from halfbyte.presets import PRESETS
+from halfbyte.recipe import Recipe
 
 RECIPE = PRESETS["quartz-w4a4"]
 ENTRY = checkpoint.Layout(RECIPE, {"a": RECIPE.inner, "b": RECIPE.edge, "c": RECIPE.inner}, ["a"]).to_dict()

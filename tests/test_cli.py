@@ -15,7 +15,8 @@ from PIL import Image
 
 import halfbyte as hb
 from halfbyte import cli
-from halfbyte.recipe import Reconstruction, get_recipe
+from halfbyte.presets import get_recipe
+from halfbyte.recipe import Reconstruction
 from halfbyte.runtime.backends import describe
 
 

@@ -11,7 +11,8 @@ from halfbyte.calibration import Call, collect
 from halfbyte.conversion import edges_of, pack, packed_layers, sampled_layers, simulate, stored_bytes
 from halfbyte.errors import CalibrationError, ModelError
 from halfbyte.methods.smooth import scale_inputs
-from halfbyte.recipe import PRESETS, ActivationSpec, LayerSpec, Recipe, WeightSpec
+from halfbyte.presets import PRESETS
+from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec
 
 INT4 = LayerSpec(WeightSpec("int4"), ActivationSpec("int8"))
 PLAIN = Recipe("plain", INT4, edge=INT4)

@@ -11,7 +11,8 @@ from halfbyte.calibration import Call, collect
 from halfbyte.conversion import decide_by, pack, packed_layers, simulate, specs_of, stored_bytes
 from halfbyte.errors import CalibrationError, ModelError
 from halfbyte.layers import FakeQuant
-from halfbyte.recipe import INT8, PRESETS, LayerSpec, WeightSpec
+from halfbyte.presets import PRESETS
+from halfbyte.recipe import INT8, LayerSpec, WeightSpec
 
 INT4 = PRESETS["int4-w4a4"]
 AUTHORS = PRESETS["quartz-authors-w4a4"].inner

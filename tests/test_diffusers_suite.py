@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import halfbyte as hb
-from halfbyte.recipe import get_recipe
+from halfbyte.presets import get_recipe
 from halfbyte.runtime.layers import Packed
 
 SOURCE = os.environ.get("DIFFUSERS_SOURCE")

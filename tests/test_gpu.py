@@ -15,7 +15,7 @@ from PIL import Image
 
 import halfbyte as hb
 from halfbyte.calibration import InputStatistics
-from halfbyte.recipe import PRESETS
+from halfbyte.presets import PRESETS
 from halfbyte.runtime import backends, gpu
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from halfbyte.errors import HalfbyteError, RecipeError
 from halfbyte.formats import GRIDS
-from halfbyte.recipe import INT8, PRESETS, ActivationSpec, LayerSpec, Recipe, WeightSpec, get_recipe
+from halfbyte.presets import PRESETS, get_recipe
+from halfbyte.recipe import INT8, ActivationSpec, LayerSpec, Recipe, WeightSpec
 
 FULL = Recipe(
     "all-set",

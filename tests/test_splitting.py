@@ -15,7 +15,8 @@ from halfbyte.errors import CorruptError, ModelError, NonFiniteError
 from halfbyte.evaluate import layer_sqnr
 from halfbyte.heal.student import load_student
 from halfbyte.layers import FakeQuant
-from halfbyte.recipe import ActivationSpec, LayerOverride, LayerSpec, Recipe, WeightSpec, get_recipe
+from halfbyte.presets import get_recipe
+from halfbyte.recipe import ActivationSpec, LayerOverride, LayerSpec, Recipe, WeightSpec
 from halfbyte.runtime.layers import PackedConv2d
 from halfbyte.splitting import Split, join_layers, owner_of, split_layers, splits_of
 from halfbyte.tracing import JoinTrace

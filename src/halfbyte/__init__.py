@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from halfbyte.diffusers_plugin import HalfbyteConfig
     from halfbyte.errors import HalfbyteError
     from halfbyte.heal.verb import heal
-    from halfbyte.recipe import PRESETS, Recipe
+    from halfbyte.presets import PRESETS
+    from halfbyte.recipe import Recipe
     from halfbyte.streaming.verb import quantize_folder
 
 __version__ = "0.1.0"
@@ -33,7 +34,7 @@ _HOMES = {
     "pack": ("api", "pack_model"),
     "save": ("api", "save"),
     "load": ("api", "load"),
-    "PRESETS": ("recipe", "PRESETS"),
+    "PRESETS": ("presets", "PRESETS"),
     "Recipe": ("recipe", "Recipe"),
     "HalfbyteError": ("errors", "HalfbyteError"),
     "HalfbyteConfig": ("diffusers_plugin", "HalfbyteConfig"),

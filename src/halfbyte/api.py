@@ -20,7 +20,8 @@ from halfbyte.conversion import Result, hessian_layers, sampled_layers, specs_of
 from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, ModelError
 from halfbyte.hub import LayoutConfig, after_loading, before_loading, is_packed
 from halfbyte.layers import FakeQuant
-from halfbyte.recipe import Recipe, get_recipe
+from halfbyte.presets import get_recipe
+from halfbyte.recipe import Recipe
 from halfbyte.splitting import join_layers
 
 # what bad folders raise

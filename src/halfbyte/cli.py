@@ -88,7 +88,7 @@ def quantize(
     Recipes that need no calibration read and write folders a few rows at a time: models larger than memory are no matter.
     """
     from halfbyte.errors import HalfbyteError, OutputExistsError, RecipeError, UnstreamableError
-    from halfbyte.recipe import get_recipe
+    from halfbyte.presets import get_recipe
 
     chosen = get_recipe(recipe)
     if gptq and adaround:

@@ -12,7 +12,8 @@ from halfbyte.checkpoint import LAYOUT_KEYS, METHOD, Layout, read_header, verify
 from halfbyte.conversion import pack, packed_layers, simulate
 from halfbyte.errors import CorruptError, ModelError, RecipeError, listed
 from halfbyte.layers import FLOAT32_BUFFERS
-from halfbyte.recipe import LayerSpec, Recipe, get_recipe
+from halfbyte.presets import get_recipe
+from halfbyte.recipe import LayerSpec, Recipe
 from halfbyte.runtime.layers import Packed, install, packed_shapes
 from halfbyte.splitting import split_layers, splits_of
 

@@ -20,7 +20,8 @@ from halfbyte.conversion import edges_of, make_fake_quant, quantizable_layers
 from halfbyte.errors import HalfbyteError, ModelError
 from halfbyte.evaluate import States, float_states, predict
 from halfbyte.layers import matrix_shape
-from halfbyte.recipe import INT8, ActivationSpec, LayerSpec, WeightSpec, get_recipe
+from halfbyte.presets import get_recipe
+from halfbyte.recipe import INT8, ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.targets import family_of
 
 LADDER: dict[str, LayerSpec] = {

@@ -8,8 +8,9 @@ import torch
 from halfbyte.comfyui.layout import INT8, NVFP4, TENSORS, Matrix, fits, format_of, loss, mark, sizes, to_tiles
 from halfbyte.errors import ModelError
 from halfbyte.formats import get_grid
+from halfbyte.presets import PRESETS
 from halfbyte.quantizers import quantize_weight, weight_scale
-from halfbyte.recipe import PRESETS, ActivationSpec, LayerSpec, WeightSpec
+from halfbyte.recipe import ActivationSpec, LayerSpec, WeightSpec
 
 NVFP4_WEIGHT = PRESETS["nvfp4-w4a4"].inner.weight
 HALVES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1 as its own specification counts

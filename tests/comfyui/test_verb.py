@@ -16,7 +16,8 @@ from halfbyte.comfyui.names import placer
 from halfbyte.conversion import simulate
 from halfbyte.errors import CheckpointError, ModelError, OutputExistsError
 from halfbyte.layers import FakeQuant
-from halfbyte.recipe import PRESETS, LayerSpec, WeightSpec
+from halfbyte.presets import PRESETS
+from halfbyte.recipe import LayerSpec, WeightSpec
 from halfbyte.runtime.layers import Packed
 from halfbyte.unpacking import float_layer
 

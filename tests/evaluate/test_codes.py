@@ -15,8 +15,9 @@ from halfbyte.evaluate import float_states, layer_sqnr
 from halfbyte.evaluate.codes import BINS, VALUES, InputCodes, entropy, watched_inputs, weight_codes
 from halfbyte.formats import get_grid
 from halfbyte.layers import FakeQuantLinear
+from halfbyte.presets import get_recipe
 from halfbyte.quantizers import FixedScale, quantize_activation, quantize_weight, weight_scale
-from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec, get_recipe
+from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec
 
 SPECS = {
     "int4": ActivationSpec("int4"),

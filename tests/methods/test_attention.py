@@ -11,7 +11,8 @@ from torch import nn
 from halfbyte import api, heal, pack
 from halfbyte.errors import HealError, ModelError, PackedError, RecipeError
 from halfbyte.methods.attention import attention_modules, quantized_attention, round_rows
-from halfbyte.recipe import ActivationSpec, AttentionSpec, LayerSpec, Recipe, WeightSpec, get_recipe
+from halfbyte.presets import get_recipe
+from halfbyte.recipe import ActivationSpec, AttentionSpec, LayerSpec, Recipe, WeightSpec
 
 PLAIN = Recipe("plain", LayerSpec(WeightSpec("int8"), ActivationSpec("int8")))
 EIGHT_BITS = AttentionSpec("uint8", "int8")

@@ -11,8 +11,9 @@ from halfbyte.calibration import Call, collect
 from halfbyte.conversion import simulate
 from halfbyte.errors import CalibrationError, ModelError, RecipeError
 from halfbyte.methods.low_rank import low_rank_branch
+from halfbyte.presets import PRESETS
 from halfbyte.quantizers import quantize_activation, quantize_weight, weight_scale
-from halfbyte.recipe import PRESETS, ActivationSpec, WeightSpec
+from halfbyte.recipe import ActivationSpec, WeightSpec
 
 E4M3, E2M1, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e8m0fnu
 

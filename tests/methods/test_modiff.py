@@ -11,8 +11,9 @@ from halfbyte.errors import CalibrationError, PackedError, RecipeError
 from halfbyte.evaluate import float_states, prediction_sqnr
 from halfbyte.layers import FakeQuant
 from halfbyte.methods.modiff import forget, remembered_bytes
+from halfbyte.presets import get_recipe
 from halfbyte.quantizers import round_activation
-from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec, get_recipe
+from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec
 
 DYNAMIC = Recipe("dynamic", LayerSpec(WeightSpec("int4"), ActivationSpec("int4")), edge=None, temporal=True)
 

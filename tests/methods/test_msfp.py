@@ -14,7 +14,8 @@ from halfbyte.errors import CalibrationError, ModelError, RecipeError
 from halfbyte.evaluate import sample_images
 from halfbyte.formats import GRIDS, round_to_grid
 from halfbyte.methods.msfp import FINALISTS, fixed_scale, input_candidates, one_sided, search_input, search_layer
-from halfbyte.recipe import PRESETS, ActivationSpec, GridSearch, LayerSpec, Recipe, WeightSpec
+from halfbyte.presets import PRESETS
+from halfbyte.recipe import ActivationSpec, GridSearch, LayerSpec, Recipe, WeightSpec
 from halfbyte.targets import TARGETS
 
 MSFP = PRESETS["msfp-w4a4"]

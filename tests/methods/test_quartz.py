@@ -6,8 +6,9 @@ import torch
 from halfbyte.errors import RecipeError
 from halfbyte.formats import GRIDS
 from halfbyte.methods.quartz import flags, largest_bits, paper_product, restore, stage1, suppress
+from halfbyte.presets import PRESETS
 from halfbyte.quantizers import quantize_activation, quantize_weight, weight_scale
-from halfbyte.recipe import PRESETS, ActivationSpec, WeightSpec
+from halfbyte.recipe import ActivationSpec, WeightSpec
 
 NEAREST = ActivationSpec("lzs4", max_shift=4)
 TRUNCATE = NEAREST.replace(rounding="truncate", peak=127)

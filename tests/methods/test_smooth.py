@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from halfbyte.errors import CalibrationError, ModelError, NonFiniteError, RecipeError
 from halfbyte.layers import FakeQuantLinear, weight_to_matrix
 from halfbyte.methods.smooth import fold_into_norm, scale_inputs, smooth_factors, weight_absmax
+from halfbyte.presets import PRESETS
 from halfbyte.quantizers import quantize_activation, quantize_weight, weight_scale
-from halfbyte.recipe import PRESETS, ActivationSpec, LayerSpec, WeightSpec
+from halfbyte.recipe import ActivationSpec, LayerSpec, WeightSpec
 
 LAYERS = {
     "linear": lambda: nn.Linear(12, 5),

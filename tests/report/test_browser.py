@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte.recipe import get_recipe
+from halfbyte.presets import get_recipe
 from halfbyte.report import write_report
 from halfbyte.report.healing import write_healing_report
 from halfbyte.report.heatmap import write_heatmap

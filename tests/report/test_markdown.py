@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halfbyte.errors import EvaluationError, HalfbyteError
-from halfbyte.recipe import get_recipe
+from halfbyte.presets import get_recipe
 from halfbyte.report import check_results
 from halfbyte.report.card import add_evaluation, write_card
 from halfbyte.report.markdown import between_markers, captioned_table, insert_table, markdown_table, marked

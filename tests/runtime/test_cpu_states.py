@@ -9,7 +9,8 @@ from torch import nn
 
 from halfbyte.errors import PackedError
 from halfbyte.layers import FAKE_QUANT
-from halfbyte.recipe import INT8, PRESETS, ActivationSpec, LayerSpec, WeightSpec
+from halfbyte.presets import PRESETS
+from halfbyte.recipe import INT8, ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.runtime import engine
 from halfbyte.runtime.layers import PACKED
 from halfbyte.runtime.ops import quantized_forward

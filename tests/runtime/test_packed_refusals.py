@@ -6,7 +6,8 @@ from torch import nn
 
 from halfbyte.errors import HalfbyteError, PackedError
 from halfbyte.layers import FAKE_QUANT
-from halfbyte.recipe import INT8, PRESETS, ActivationSpec, LayerSpec, WeightSpec
+from halfbyte.presets import PRESETS
+from halfbyte.recipe import INT8, ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.runtime.layers import PACKED, Packed
 from halfbyte.runtime.weights import pack_layer
 

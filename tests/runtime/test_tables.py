@@ -13,7 +13,8 @@ from halfbyte.conversion import packed_layers
 from halfbyte.errors import CalibrationError, CorruptError
 from halfbyte.formats import get_grid, round_to_grid
 from halfbyte.layers import FakeQuant, follow_timesteps
-from halfbyte.recipe import PRESETS, ActivationSpec, LayerSpec, Recipe, WeightSpec
+from halfbyte.presets import PRESETS
+from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec
 
 STEPS = [10.0, 20.0, 40.0]
 GRIDS = [ActivationSpec("int4", scale="timestep"), ActivationSpec("ue1m3", zero_point=True, scale="timestep")]

@@ -11,7 +11,8 @@ import halfbyte as hb
 from halfbyte.errors import HalfbyteError, PackedError
 from halfbyte.formats import GRIDS
 from halfbyte.layers import FAKE_QUANT
-from halfbyte.recipe import PRESETS, ActivationSpec, LayerSpec, WeightSpec
+from halfbyte.presets import PRESETS
+from halfbyte.recipe import ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.runtime import backends, gpu
 from halfbyte.runtime.ops import quantized_forward
 from halfbyte.runtime.weights import pack_layer

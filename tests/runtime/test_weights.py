@@ -9,7 +9,8 @@ from torch import nn
 from halfbyte import quantizers
 from halfbyte.errors import NonFiniteError
 from halfbyte.layers import FAKE_QUANT
-from halfbyte.recipe import PRESETS, LayerSpec, WeightSpec
+from halfbyte.presets import PRESETS
+from halfbyte.recipe import LayerSpec, WeightSpec
 from halfbyte.runtime import engine, weights
 from halfbyte.runtime.backends import backend
 

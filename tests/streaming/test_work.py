@@ -9,7 +9,7 @@ from torch import nn
 
 from halfbyte.errors import CorruptError
 from halfbyte.layers import FAKE_QUANT, matrix_shape, module_kind
-from halfbyte.recipe import PRESETS
+from halfbyte.presets import PRESETS
 from halfbyte.runtime.layers import PACKED
 from halfbyte.runtime.weights import pack_layer
 from halfbyte.streaming.plan import Part, row_bytes

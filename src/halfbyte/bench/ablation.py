@@ -25,7 +25,8 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate import States, float_states, prediction_sqnr, sample_images
 from halfbyte.heal.verb import heal
 from halfbyte.metrics import psnr
-from halfbyte.recipe import Recipe, get_recipe
+from halfbyte.presets import get_recipe
+from halfbyte.recipe import Recipe
 
 COLUMNS = {  # heading -> (entry of a run, digits)
     "Frechet": ("frechet", 2),

@@ -19,7 +19,8 @@ from halfbyte.evaluate import States, float_states, prediction_sqnr, sample_imag
 from halfbyte.latency import Latency
 from halfbyte.layers import LayerReport
 from halfbyte.metrics import psnr
-from halfbyte.recipe import LayerSpec, Recipe, get_recipe
+from halfbyte.presets import get_recipe
+from halfbyte.recipe import LayerSpec, Recipe
 from halfbyte.sensitivity import LADDER, Sensitivity, measure
 
 UNIFORM = {  # what budgets are held against: one width everywhere, 8 bits at the edges

@@ -14,7 +14,8 @@ from rich.table import Table
 from halfbyte.calibration import find_denoiser
 from halfbyte.conversion import edges_of, quantizable_layers
 from halfbyte.evaluate import float_states
-from halfbyte.recipe import INT8, ActivationSpec, LayerSpec, WeightSpec, get_recipe
+from halfbyte.presets import get_recipe
+from halfbyte.recipe import INT8, ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.sensitivity import damage_of
 from halfbyte.targets import Target, family_of, matches
 

@@ -20,7 +20,7 @@ from halfbyte.bench import flux
 from halfbyte.bench.layers import SPECS, Case, conv_case, linear_case
 from halfbyte.bench.synthetic import float_model, packed_model, packed_twin
 from halfbyte.bench.timing import Effort, medians
-from halfbyte.recipe import PRESETS
+from halfbyte.presets import PRESETS
 
 Row = dict[str, Any]
 Call = Callable[[Tensor], object]

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from halfbyte.bench.rivals import Contestants, float_rivals, onednn_conv, onednn_linear, openvino_rivals
 from halfbyte.bench.synthetic import packed_twin
 from halfbyte.bench.timing import Effort, medians
-from halfbyte.recipe import PRESETS, LayerSpec
+from halfbyte.presets import PRESETS
+from halfbyte.recipe import LayerSpec
 
 SPECS: dict[str, LayerSpec] = {name: PRESETS[name].inner for name in ("quartz-w4a8", "quartz-w4a4")}
 

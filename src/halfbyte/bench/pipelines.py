@@ -11,7 +11,8 @@ from halfbyte.bench.models import Subject
 from halfbyte.bench.synthetic import float_model, packed_model
 from halfbyte.bench.timing import Effort, medians
 from halfbyte.conversion import memory_bytes
-from halfbyte.recipe import PRESETS, Recipe
+from halfbyte.presets import PRESETS
+from halfbyte.recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {name: PRESETS[name] for name in ("quartz-w4a8", "quartz-w4a4")}
 FLOATS = {"torch bf16": torch.bfloat16, "torch fp32": torch.float32}

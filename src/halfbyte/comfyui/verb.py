@@ -12,7 +12,8 @@ from halfbyte import api, checkpoint, conversion
 from halfbyte.calibration import DENOISERS
 from halfbyte.comfyui.contents import Contents, contents_of, quantized_layers, share_scales
 from halfbyte.errors import ModelError
-from halfbyte.recipe import Recipe, get_recipe
+from halfbyte.presets import get_recipe
+from halfbyte.recipe import Recipe
 from halfbyte.streaming.shards import Shards
 from halfbyte.streaming.source import DTYPES, bytes_of
 

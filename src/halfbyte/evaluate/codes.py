@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from halfbyte.formats import Grid, get_grid, levels_to_codes
 from halfbyte.layers import FakeQuant, QuantizedLayer, input_to_rows, matrix_shape, scale_input, weight_to_matrix
 from halfbyte.packing import unpack_nibbles
+from halfbyte.presets import get_recipe
 from halfbyte.quantizers import (
     FixedScale,
     minmax_scale,
@@ -26,7 +27,7 @@ from halfbyte.quantizers import (
     spread,
     weight_scale,
 )
-from halfbyte.recipe import ActivationSpec, get_recipe
+from halfbyte.recipe import ActivationSpec
 from halfbyte.splitting import owner_of
 
 BINS = 64

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from halfbyte.errors import EvaluationError, HalfbyteError, listed
 from halfbyte.evaluate.sampling import Sampling
-from halfbyte.recipe import Recipe, get_recipe
+from halfbyte.presets import get_recipe
+from halfbyte.recipe import Recipe
 from halfbyte.report.schema import check_mapping
 
 Kind = TypeVar("Kind", "RunConfig", "TableConfig")

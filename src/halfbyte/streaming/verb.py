@@ -17,7 +17,8 @@ from halfbyte.api import is_transformers
 from halfbyte.calibration import DENOISERS
 from halfbyte.conversion import Result
 from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, ModelError
-from halfbyte.recipe import Recipe, get_recipe
+from halfbyte.presets import get_recipe
+from halfbyte.recipe import Recipe
 from halfbyte.runtime.weights import pack_rows, takes
 from halfbyte.streaming.journal import RESULT, Journal, locked, model_digest
 from halfbyte.streaming.plan import Plan, check_data_free, make_plan
