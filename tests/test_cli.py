@@ -98,7 +98,7 @@ def test_adaround_from_the_command_line(monkeypatch, capsys, model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--recipe", "quartz"], "unknown recipe 'quartz'; the presets are 'int4-g64-w4a4'"),
+        (["--recipe", "quartz"], "unknown recipe 'quartz'; the presets are 'halfbyte-w4a4'"),
         (["--recipe", "recipe.yaml"], "no key 'bits'; its keys are"),
         (["--recipe", "missing.yaml"], "cannot be read"),
         (["--recipe", "quartz-authors-w4a4"], "cannot be packed"),

@@ -17,8 +17,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "halfbyte"
 # fmt: off
 ROOMS = (
     "errors", "fields", "formats", "packing", "recipe", "presets", "targets", "quantizers", "timestep", "layers", "splitting",
-    "metrics", "tracing", "calibration", "methods", "checkpoint", "runs", "runtime", "conversion", "unpacking", "hub", "diffusers_plugin",
-    "diffusers_lora", "transformers_plugin", "api", "streaming", "comfyui", "export", "evaluate", "heal", "latency", "sensitivity",
+    "metrics", "tracing", "calibration", "methods", "checkpoint", "runs", "runtime", "conversion", "unpacking", "hub",
+    "diffusers_plugin", "diffusers_lora", "transformers_plugin", "api", "streaming", "comfyui", "export", "evaluate", "heal", "latency", "sensitivity",
     "budget", "report", "demo", "evidence", "bench", "terminal", "cli_evidence", "cli_sensitivity", "cli",
 )
 # fmt: on

@@ -340,21 +340,21 @@ class Recipe(Fields):
 
     def compensated(self) -> "Recipe":
         """This recipe with GPTQ error compensation of the inner weights; needs calibration."""
-        return self._rounded("gptq").replace(name=f"{self.name}+gptq", reconstruction=None)
+        return self._rounded("gptq", None)
 
     def adarounded(self, reconstruction: Reconstruction | None = None) -> "Recipe":
         """This recipe with AdaRound of the inner weights; needs calibration."""
-        made = self._rounded("adaround")
-        return made.replace(name=f"{self.name}+adaround", reconstruction=reconstruction or self.reconstruction)
+        return self._rounded("adaround", reconstruction or self.reconstruction)
 
-    def _rounded(self, rounding: Literal["gptq", "adaround"]) -> "Recipe":
+    def _rounded(self, rounding: Literal["gptq", "adaround"], reconstruction: Reconstruction | None) -> "Recipe":
         """The inner weights rounded in this way, and those of overrides that differ from them in their input alone."""
         weight = self.inner.weight.replace(rounding=rounding)
         overrides = tuple(
             one.replace(spec=one.spec.replace(weight=weight)) if one.spec.weight == self.inner.weight else one
             for one in self.overrides
         )
-        return self.replace(inner=self.inner.replace(weight=weight), overrides=overrides)
+        inner, name = self.inner.replace(weight=weight), f"{self.name}+{rounding}"
+        return self.replace(name=name, inner=inner, overrides=overrides, reconstruction=reconstruction)
 
     @property
     def by_block(self) -> bool:
