@@ -9,18 +9,19 @@ with learned scales (as Q-Diffusion has it), and TALoRA, the same time. In arXiv
 alone has 6.95, with temporal alignment (and the global loss) 4.41, with both stages 3.26. `temporal` quantizes the path of the
 time embedding alone, and everything but it (the paper's property 1, LDM-4), and heals with stage 1. Published distances are of
 another data set and in other features than ours; compare how rows follow each other. Then memory of a step, beside that of the
-float model with the same weights trained. Runs that are in the output file already are not made again. Property 2 (which
-families of layers suffer most): bench/sensitivity.py.
+float model with the same weights trained, and time and memory of a whole fine-tune, beside the paper's. Runs that are in the
+output file already are not made again. Property 2 (which families of layers suffer most): bench/sensitivity.py.
 """
 
 import re
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from halfbyte import demo
 from halfbyte.api import quantize
-from halfbyte.bench.ablation import Effort, Row, main
+from halfbyte.bench.ablation import Effort, Row, Run, main
 from halfbyte.calibration import record_calls
 from halfbyte.conversion import quantizable_layers
 from halfbyte.heal.alignment import SelectiveSettings, plan
@@ -94,8 +95,21 @@ def memory(effort: Effort) -> Table:
     return table
 
 
+def cost(found: dict[str, dict[str, Run]]) -> Table:
+    """What a fine-tune cost, beside what the paper says of its own."""
+    table = Table("fine-tune", "model", "steps", "minutes", "peak GB", title="time and memory")
+    table.add_row("QuEST, section 5 of the paper", "LDM-4, 274 M parameters, 256 samples x 20 steps, A6000", "2200", "27", "12.2")
+    size = sum(parameter.numel() for parameter in demo.load_pipeline().unet.parameters()) / 1e6
+    cores = f"demo, {size:.1f} M parameters, {torch.get_num_threads()} thread(s) of a CPU"
+    for name in ("+ global loss", "all layers, same time"):
+        for run in list(found.get(name, {}).values())[:1]:
+            table.add_row(name, cores, f"{run['steps']:.0f}", f"{run['seconds'] / 60:.1f}", f"{run['peak_bytes'] / 1e9:.2f}")
+    return table
+
+
 if __name__ == "__main__":
     smoke = ("not healed", "+ global loss", "all layers, same time", "AdaRound, scales alone, same time")
     smoke += ("quest-w4a8, only the time embedding + stage 1",)
-    effort = main(__doc__, {"components": COMPONENTS, "temporal": temporal_rows()}, "quest.json", smoke)
-    Console(width=140).print(memory(effort))
+    effort, found = main(__doc__, {"components": COMPONENTS, "temporal": temporal_rows()}, "quest.json", smoke)
+    console = Console(width=140)
+    console.print(memory(effort), cost(found))

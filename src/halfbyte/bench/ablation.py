@@ -144,13 +144,15 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def main(about: str | None, tables: Mapping[str, Mapping[str, Row]], output: str, smoke: Sequence[str]) -> Effort:
+def main(
+    about: str | None, tables: Mapping[str, Mapping[str, Row]], output: str, smoke: Sequence[str]
+) -> tuple[Effort, dict[str, dict[str, Run]]]:
     """The command line of a bench: run tables of rows, and print them.
 
     Args:
         about: its docstring. tables: by title. output: the default file of the runs. smoke: the rows of a tiny run.
     Returns:
-        What was asked for.
+        What was asked for, and the runs by row and seed.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in vars(Effort()).items():
@@ -163,9 +165,10 @@ def main(about: str | None, tables: Mapping[str, Mapping[str, Row]], output: str
     effort = SMOKE if options.smoke else Effort(**{name: getattr(options, name) for name in vars(Effort())})
     seeds = [0] if options.smoke else options.seeds
     title = f"{effort.steps} steps of {effort.batch}, {len(seeds)} seeds, {effort.images} images of {effort.sampler_steps} steps"
-    console = Console()
+    console, every = Console(), dict[str, dict[str, Run]]()
     for name in options.table:
         rows = {key: row for key, row in tables[name].items() if key in smoke or not options.smoke}
         found = run_table(rows, seeds, effort, None if options.smoke else options.output)
         (console if console.is_terminal else Console(width=140)).print(table(f"{name}: {title}", tables[name], found))
-    return effort
+        every |= found
+    return effort, every
