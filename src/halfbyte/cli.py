@@ -217,11 +217,13 @@ def heal(
     share: Annotated[
         float | None, typer.Option(min=0, max=1, help="quest: most of the parameters that may be trained.  [default: 0.07]")
     ] = None,
-    local_weight: Annotated[float | None, typer.Option(help="quest: of the trained layers' errors.  [default: 1]")] = None,
+    local_weight: Annotated[float | None, typer.Option(help="quest: of the trained layers' errors.  [default: 0.2]")] = None,
     global_weight: Annotated[float | None, typer.Option(help="quest: of the prediction's error.  [default: 2]")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples of an optimizer step, over all processes.")] = 32,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts that a process takes its share in, to save memory.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="At its peak, in quantization steps.")] = 2e-2,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At its peak, in quantization steps.  [default: 0.02; quest: 0.05]")
+    ] = None,
     sampler_steps: Annotated[int, typer.Option(min=1, help="Of the teacher's trajectories.")] = 20,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bf16 where that is safe.")] = False,
     ema: Annotated[float | None, typer.Option(help="Decay of averaged weights, such as 0.999.")] = None,
@@ -233,7 +235,7 @@ def heal(
     from halfbyte.heal.command import heal_folder
 
     own: dict[str, object] = {"loras": loras, "rank": rank, "routing": routing, "stages": stages}
-    own |= {"share": share, "local_weight": local_weight, "global_weight": global_weight}
+    own |= {"share": share, "local_weight": local_weight, "global_weight": global_weight, "learning_rate": learning_rate}
     with progress() as report:
         summary = heal_folder(
             model,
@@ -248,7 +250,6 @@ def heal(
             dfa=dfa,
             batch=batch,
             accumulate=accumulate,
-            learning_rate=learning_rate,
             sampler_steps=sampler_steps,
             bf16=bf16,
             ema=ema,

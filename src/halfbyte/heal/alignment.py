@@ -6,7 +6,7 @@
     full         every quantized layer and all scales, in one stage: what selective tuning is compared with
 
 Weights, biases and scales of both stages together stay within `share` of the model's parameters; where the layers of the time
-embedding alone would take more than two thirds of it (adaptive norms of transformers do), those charged least are left as they are.
+embedding alone would take more than a quarter of it, those charged least are left as they are.
 """
 
 import os
@@ -31,8 +31,8 @@ from halfbyte.heal.talora import restore
 from halfbyte.heal.temporal import temporal_layers
 
 STAGES = ("temporal", "critical", "full")
-TEMPORAL_PART = 2 / 3  # of the share that the temporal layers may take
-TEMPORAL_TIME = 0.2  # of the run, where both stages are run
+TEMPORAL_PART = 0.25  # of the share that the temporal layers may take
+TEMPORAL_TIME = 0.1  # of the run, where both stages are run
 CHARGED_BATCHES, CHARGED_BATCH = 8, 8  # states that layers are charged on
 SILENT = 1e-12  # least energy of an output that errors are divided by: layers may start at zero
 

@@ -27,7 +27,7 @@ from halfbyte.runs import digest
 
 METHODS: dict[str, type] = {"talora": LoRASettings, "lora": LoRASettings, "quest": SelectiveSettings}
 STEPS = 1000  # of a run that is given no end
-LEARNING_RATE = 2e-2  # quantization steps that a weight, or a LoRA's correction of it, may move at an optimizer step
+LEARNING_RATES = {"talora": 2e-2, "lora": 2e-2, "quest": 5e-2}  # quantization steps that a weight may move at an optimizer step
 
 
 @dataclass
@@ -157,7 +157,7 @@ def _settings(method: str, options: Mapping[str, Any]) -> tuple[Settings, Any]:
     if method == "lora":
         mine["loras"] = 1
     rest = {key: value for key, value in options.items() if key in loop}
-    return Settings(**{"learning_rate": LEARNING_RATE, **rest}), METHODS[method](**mine)
+    return Settings(**{"learning_rate": LEARNING_RATES[method], **rest}), METHODS[method](**mine)
 
 
 def _identity(model: nn.Module, teacher: Any, prompts: Sequence[str]) -> dict[str, Any]:
