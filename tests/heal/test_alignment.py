@@ -46,21 +46,21 @@ def count(student, names):
 def test_the_stages_share_the_parameters(student, pipe):
     layers, total = quantized_layers(student.unet), sum(p.numel() for p in pipe.unet.parameters())
     times = {name for name in layers if "time_emb" in name}
-    temporal, critical = planned(student, pipe, share=0.3)
+    temporal, critical = planned(student, pipe, share=0.6)
     assert set(temporal.weights) == set(temporal.scales) == times
     assert critical.weights
     assert not times & {*critical.weights, *critical.scales}
     assert set(critical.scales) == {name for name, layer in layers.items() if layer.activation_scale is not None} - times
-    assert count(student, {*temporal.weights, *critical.weights}) <= 0.3 * total
+    assert count(student, {*temporal.weights, *critical.weights}) <= 0.6 * total
     (whole,) = planned(student, pipe, stages="full")
     assert set(whole.weights) == set(layers)
-    assert planned(student, pipe, share=0.3) == [temporal, critical]
+    assert planned(student, pipe, share=0.6) == [temporal, critical]
 
 
 def test_a_time_embedding_too_large_for_the_share_is_cut(student, pipe):
     total = sum(p.numel() for p in pipe.unet.parameters())
     temporal, critical = planned(student, pipe, share=0.06)
-    assert 0 < count(student, temporal.weights) <= 0.04 * total < 0.06 * total
+    assert 0 < count(student, temporal.weights) <= 0.015 * total
     assert count(student, critical.weights) > 0
     assert count(student, {*temporal.weights, *critical.weights}) <= 0.06 * total
     assert len(temporal.scales) > len(temporal.weights)
@@ -80,7 +80,7 @@ def test_healing_brings_the_student_closer_to_its_teacher(student, pipe):
     assert result.stored_bytes == result.stored_before
     assert result.peak_bytes > 1e7
     assert [row["step"] for row in result.log] == list(range(1, 41))
-    assert [row["stage"] for row in result.log] == ["temporal"] * 8 + ["critical"] * 32
+    assert [row["stage"] for row in result.log] == ["temporal"] * 4 + ["critical"] * 36
     assert all(a["seconds"] <= b["seconds"] for a, b in zip(result.log, result.log[1:], strict=False))
     assert json.loads(json.dumps(result.to_dict()))["trained"]["critical"]["weights"]
     assert not any(isinstance(layer, SelectiveLayer) for layer in student.unet.modules())
