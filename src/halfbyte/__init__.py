@@ -1,7 +1,7 @@
 """halfbyte: diffusion models in 4 bits, weights and activations; healed, measured, and run in exact integers.
 
     import halfbyte as hb
-    result = hb.quantize(pipe, recipe="quartz-w4a4")
+    result = hb.quantize(pipe, recipe="halfbyte-w4a4")
     hb.save(pipe, "model-4bit")
     pipe = DiffusionPipeline.from_pretrained("model-4bit")
 

@@ -20,7 +20,7 @@ from halfbyte.conversion import Result, hessian_layers, sampled_layers, specs_of
 from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, ModelError
 from halfbyte.hub import LayoutConfig, after_loading, before_loading, is_packed
 from halfbyte.layers import FakeQuant
-from halfbyte.presets import get_recipe
+from halfbyte.presets import DEFAULT, get_recipe
 from halfbyte.recipe import Recipe
 from halfbyte.splitting import join_layers
 
@@ -34,7 +34,7 @@ RECIPE_ATTRIBUTE = "_halfbyte_recipe"  # remembered on quantized modules, so tha
 
 def quantize(
     model: Any,
-    recipe: str | Path | Recipe | dict[str, Any] = "quartz-w4a4",
+    recipe: str | Path | Recipe | dict[str, Any] = DEFAULT,
     calibration: int | Iterable[Any] | None = None,
     *,
     simulate: bool = False,

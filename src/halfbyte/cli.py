@@ -66,7 +66,7 @@ app.command(epilog=cli_evidence.REPORT_EXAMPLES)(cli_evidence.report)
 def quantize(
     model: Annotated[Path, typer.Argument(help="Folder of a pipeline or component, a .safetensors file, or a name on the Hub.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the quantized model.")],
-    recipe: Annotated[str, typer.Option(help="A preset, or a .json or .yaml file.")] = "quartz-w4a4",
+    recipe: Annotated[str, typer.Option(help="A preset, or a .json or .yaml file.")] = "halfbyte-w4a4",
     text_encoders: Annotated[str | None, typer.Option(help="A recipe for the text encoders too, such as quartz-w4a8.")] = None,
     vae: Annotated[str | None, typer.Option(help="A recipe for the autoencoder too, such as int8-w8a8.")] = None,
     gptq: Annotated[bool, typer.Option("--gptq", help="Compensate rounding errors of the weights (minutes; calibrates).")] = False,

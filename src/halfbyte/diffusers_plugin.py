@@ -19,7 +19,7 @@ from halfbyte.unpacking import unpack_layers
 
 
 class HalfbyteConfig(LayoutConfig, QuantizationConfigMixin):
-    """`quantization_config` of a diffusers model; `HalfbyteConfig("quartz-w4a4")` quantizes while loading."""
+    """`quantization_config` of a diffusers model; `HalfbyteConfig("halfbyte-w4a4")` quantizes while loading."""
 
 
 class HalfbyteQuantizer(DiffusersQuantizer):

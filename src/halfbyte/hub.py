@@ -12,7 +12,7 @@ from halfbyte.checkpoint import LAYOUT_KEYS, METHOD, Layout, read_header, verify
 from halfbyte.conversion import pack, packed_layers, simulate
 from halfbyte.errors import CorruptError, ModelError, RecipeError, listed
 from halfbyte.layers import FLOAT32_BUFFERS
-from halfbyte.presets import get_recipe
+from halfbyte.presets import DEFAULT, get_recipe
 from halfbyte.recipe import LayerSpec, Recipe
 from halfbyte.runtime.layers import Packed, install, packed_shapes
 from halfbyte.splitting import split_layers, splits_of
@@ -38,7 +38,7 @@ class LayoutConfig:
 
     quant_method: Any = Method.HALFBYTE
 
-    def __init__(self, recipe: Any = "quartz-w4a4", **stored: Any) -> None:
+    def __init__(self, recipe: Any = DEFAULT, **stored: Any) -> None:
         self.quant_method = Method.HALFBYTE
         self.files: dict[str, str] = {}
         if "layers" in stored or "format_version" in stored:

@@ -105,6 +105,9 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
+DEFAULT = "halfbyte-w4a4"
+
+
 def get_recipe(recipe: "str | Path | Recipe | dict[str, Any]") -> Recipe:
     """A recipe from itself, a preset's name, a mapping, or the path of a .json, .yaml or .yml file.
 

@@ -18,7 +18,7 @@ from halfbyte.unpacking import unpack_layers
 
 
 class HalfbyteConfig(LayoutConfig, QuantizationConfigMixin):
-    """`quantization_config` of a transformers model; `HalfbyteConfig("quartz-w4a4")` quantizes while loading."""
+    """`quantization_config` of a transformers model; `HalfbyteConfig("halfbyte-w4a4")` quantizes while loading."""
 
 
 class HalfbyteHfQuantizer(HfQuantizer):

@@ -17,7 +17,7 @@ from halfbyte.api import is_transformers
 from halfbyte.calibration import DENOISERS
 from halfbyte.conversion import Result
 from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, ModelError
-from halfbyte.presets import get_recipe
+from halfbyte.presets import DEFAULT, get_recipe
 from halfbyte.recipe import Recipe
 from halfbyte.runtime.weights import pack_rows, takes
 from halfbyte.streaming.journal import RESULT, Journal, locked, model_digest
@@ -114,7 +114,7 @@ def _choose_copies(job: Job, component: str) -> None:
 def quantize_folder(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    recipe: Any = "quartz-w4a4",
+    recipe: Any = DEFAULT,
     *,
     encoders: Any = None,
     vae: Any = None,
