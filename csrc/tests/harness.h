@@ -74,12 +74,23 @@ inline const std::vector<InputFormat>& input_formats() {
       {Grid::ue1m3, 4, 32, 255, false, false, 1, 0},       {Grid::e2m1, 0, 16, 12, false, true, 0.37f, 0},
       {Grid::ue2m2, 0, 16, 28, false, true, 0.2f, 9},      {Grid::lzs4, 4, 16, 112, false, true, 0.02f, 0},
       {Grid::uint8, 0, 16, 255, false, true, 1e-39f, 200}, {Grid::ue1m3, 4, 16, 240, false, true, 0.02f, 31},
+      {Grid::lzs4, 0, 16, 112, false, false, 1, 0, 16},    {Grid::lzs4, 0, 32, 127, false, false, 1, 0, 16},
+      {Grid::lzs4, 0, 8, 127, false, false, 1, 0, 2},      {Grid::e1m2, 0, 64, 105, false, false, 1, 0, 15},
+      {Grid::int4, 0, 16, 112, false, false, 1, 0, 16},    {Grid::int4, 0, 8, 127, false, false, 1, 0, 9},
+      {Grid::int4, 0, 32, 127, false, true, 0.03f, 0, 16}, {Grid::e2m1, 0, 16, 120, false, false, 1, 0, 10},
+      {Grid::e2m1, 0, 8, 127, false, false, 1, 0, 7},      {Grid::e2m1, 0, 5, 120, false, false, 1, 0, 10},
+      {Grid::e2m1, 0, 32, 24, false, false, 1, 0, 2},      {Grid::e2m1, 0, 16, 120, false, true, 0.02f, 0, 10},
+      {Grid::ue1m3, 0, 16, 240, false, false, 1, 0, 16},   {Grid::ue1m3, 0, 8, 255, false, false, 1, 0, 16},
+      {Grid::ue1m3, 0, 32, 255, false, false, 1, 0, 2},    {Grid::ue1m3, 0, 32, 255, false, false, 1, 0, 10},
+      {Grid::ue1m3, 0, 16, 240, false, true, 0.02f, 31, 16}, {Grid::ue1m3, 0, 64, 45, false, false, 1, 0, 3},
+      {Grid::ue2m2, 0, 16, 252, false, false, 1, 0, 9},    {Grid::ue2m2, 0, 8, 255, false, false, 1, 0, 9},
+      {Grid::ue2m2, 0, 32, 255, false, false, 1, 0, 6},    {Grid::ue2m2, 0, 64, 56, false, true, 0.1f, 9, 2},
   };
   return formats;
 }
 
 inline std::string describe(const InputFormat& f) {
-  return std::string(name_of(f.grid)) + "<<" + std::to_string(f.max_shift) + "/" + std::to_string(f.subgroup) + " top " +
+  return std::string(name_of(f.grid)) + "<<" + std::to_string(f.max_shift) + "*" + std::to_string(f.max_multiple) + "/" + std::to_string(f.subgroup) + " top " +
          std::to_string(f.top) + (f.truncate ? " cut" : "") + (f.fixed ? " fixed" : "");
 }
 
