@@ -76,7 +76,8 @@ void encode_rows(const Job& job, int64_t image, int64_t from, int64_t to) {
   const GridTable& grid = table_of(job.format.grid);
   const float zero = grid.is_signed ? 0.0f : static_cast<float>(job.zeros[image]);
   const Encoding encoding{&job.format, &grid, 1.0f / job.scales[image], zero, grid.is_signed ? 128 : 0};
-  // Subgroups stay inside a pixel; where values are rounded once, or where pixels hold whole subgroups, a row of pixels is one stretch.
+  // Subgroups stay inside a pixel; where values are rounded once, or where pixels hold whole subgroups, a row of pixels is one
+  // stretch.
   const bool whole_rows = (!rounds_twice(job.format) || h.channels % job.format.subgroup == 0) && h.pixel_pitch == h.channels;
   const int border = job.zeros[image];
   const auto fill = [&](int64_t at, int64_t bytes) { std::memset(job.quantized + at, border, static_cast<size_t>(bytes)); };

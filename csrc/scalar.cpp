@@ -31,7 +31,8 @@ void round_to_multiples(int* values, int64_t count, const InputFormat& format, c
   const int reaching = std::clamp((largest + grid.top - 1) / grid.top, 1, format.max_multiple), less = std::max(reaching - 1, 1);
   int64_t error = 0, lower_error = 0;
   for (int64_t i = 0; i < count; i++) {
-    const int64_t off = round_multiple(values[i], reaching, grid) - values[i], lower = round_multiple(values[i], less, grid) - values[i];
+    const int64_t off = round_multiple(values[i], reaching, grid) - values[i],
+                  lower = round_multiple(values[i], less, grid) - values[i];
     error += off * off, lower_error += lower * lower;
   }
   const int multiple = lower_error < error ? less : reaching;

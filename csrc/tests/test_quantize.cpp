@@ -76,6 +76,17 @@ void test_quantize() {
   }
 }
 
+void test_refused_multiples() {
+  const Images images(Dtype::float32, 2, 1, 1, 24);
+  Layer layer;
+  layer.inputs = 24, layer.outputs = 1;
+  InputFormat shifted = multiples(Grid::lzs4, 4, 16, 28);
+  shifted.max_shift = 1;
+  for (const InputFormat& format : {multiples(Grid::e2m1, 11, 16, 127), multiples(Grid::lzs4, 17, 16, 119),
+                                    multiples(Grid::lzs4, 1, 16, 7), multiples(Grid::int8, 2, 16, 127), shifted})
+    check_throws([&] { quantize_with(Run{}, images.input, format, layer); }, "refuses " + describe(format));
+}
+
 // The nearest float32 below and above every tie of every table.
 void test_ties() {
   for (const InputFormat& format : input_formats()) {
