@@ -10,6 +10,7 @@
 
 #include "floats.h"
 #include "internal.h"
+#include "multiples.h"
 #include "shifted.h"
 
 namespace halfbyte {
@@ -100,13 +101,13 @@ struct FirstRounding {
 
   explicit FirstRounding(const Encoding& e) : grid(*e.grid) {
     const bool is_signed = grid.is_signed;
-    const int top = e.format->max_shift ? e.format->top : grid.top,
-              bottom = e.format->max_shift ? (is_signed ? -top : 0) : grid.bottom;
+    const int top = rounds_twice(*e.format) ? e.format->top : grid.top,
+              bottom = rounds_twice(*e.format) ? (is_signed ? -top : 0) : grid.bottom;
     reciprocal = _mm256_set1_ps(e.reciprocal), zero = _mm256_set1_ps(is_signed ? 0.0f : e.zero);
     low = _mm256_set1_ps(static_cast<float>(bottom)), high = _mm256_set1_ps(static_cast<float>(top));
     offset = _mm256_set1_epi32(e.offset);
     const int bits = whole_bits(grid);
-    if (!grid.contiguous && !e.format->max_shift) steps = bits > 1 ? Steps::minifloat : Steps::powers;
+    if (!grid.contiguous && !rounds_twice(*e.format)) steps = bits > 1 ? Steps::minifloat : Steps::powers;
     step_of_power = _mm256_set1_ps(std::ldexp(1.0f, 1 - bits));
   }
 
@@ -160,6 +161,11 @@ struct Bytes {
   Bytes look_up(Bytes index) const { return {_mm256_shuffle_epi8(v, index.v)}; }
   Bytes plus(Bytes o) const { return {_mm256_adds_epu8(v, o.v)}; }
   Bytes minus(Bytes o) const { return {_mm256_subs_epu8(v, o.v)}; }
+  Bytes minus_wrapping(Bytes o) const { return {_mm256_sub_epi8(v, o.v)}; }
+  Bytes where_reaches(Bytes a, Bytes limit) const {
+    return {_mm256_and_si256(v, _mm256_cmpeq_epi8(_mm256_max_epu8(a.v, limit.v), a.v))};
+  }
+  Bytes either(Bytes o) const { return {_mm256_or_si256(v, o.v)}; }
   Bytes both(Bytes o) const { return {_mm256_and_si256(v, o.v)}; }
   Bytes least(Bytes o) const { return {_mm256_min_epu8(v, o.v)}; }
   Bytes most(Bytes o) const { return {_mm256_max_epu8(v, o.v)}; }
@@ -194,12 +200,12 @@ struct Bytes {
   }
 };
 
-template <int Size>
-void second_rounding(const ShiftRounder<Bytes> rounder, int offset, int64_t count, const uint8_t* in, uint8_t* out) {
+template <int Size, typename Rounder>
+void second_rounding(const Rounder rounder, int offset, int64_t count, const uint8_t* in, uint8_t* out) {
   const __m256i flip = _mm256_set1_epi8(static_cast<char>(offset));  // adding 128 to a byte is flipping its top bit
   for (int64_t i = 0; i < count; i += 32) {
     const __m256i x = _mm256_xor_si256(_mm256_load_si256(reinterpret_cast<const __m256i*>(in + i)), flip);
-    const __m256i u = _mm256_xor_si256(rounder.round<Size>({x}).v, flip);
+    const __m256i u = _mm256_xor_si256(rounder.template round<Size>({x}).v, flip);
     if (count - i >= 32) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), u);
     } else {
@@ -212,14 +218,13 @@ void second_rounding(const ShiftRounder<Bytes> rounder, int offset, int64_t coun
 
 constexpr int piece = 1024;  // values rounded twice while in L1
 
-template <Dtype D>
-void encode(const void* values, int64_t count, const Encoding& e, uint8_t* out) {
-  const FirstRounding round(e);
-  if (!e.format->max_shift) return first_rounding<D>(values, count, round, out);
-  const ShiftTables tables(*e.format, *e.grid);
-  const ShiftRounder<Bytes> rounder(tables);
+template <Dtype D, typename Rounder>
+void encode_twice(const void* values, int64_t count, const Encoding& e, const FirstRounding& round, const Rounder& rounder,
+                  uint8_t* out) {
   const int size = e.format->subgroup;
-  const auto again = size == 8 ? second_rounding<8> : size == 16 ? second_rounding<16> : second_rounding<32>;
+  const auto again = size == 8    ? second_rounding<8, Rounder>
+                     : size == 16 ? second_rounding<16, Rounder>
+                                  : second_rounding<32, Rounder>;
   alignas(32) uint8_t bytes[piece];
   for (int64_t start = 0; start < count; start += piece) {
     const int64_t some = std::min<int64_t>(piece, count - start);
@@ -228,6 +233,16 @@ void encode(const void* values, int64_t count, const Encoding& e, uint8_t* out) 
     first_rounding<D>(static_cast<const char*>(values) + start * size_of(D), some, round, bytes);
     again(rounder, e.offset, some, bytes, out + start);
   }
+}
+
+template <Dtype D>
+void encode(const void* values, int64_t count, const Encoding& e, uint8_t* out) {
+  const FirstRounding round(e);
+  if (e.format->max_multiple)
+    return encode_twice<D>(values, count, e, round, MultipleRounder<Bytes>(MultipleTables(*e.format, *e.grid)), out);
+  if (e.format->max_shift)
+    return encode_twice<D>(values, count, e, round, ShiftRounder<Bytes>(ShiftTables(*e.format, *e.grid)), out);
+  first_rounding<D>(values, count, round, out);
 }
 
 // ---- sums to outputs --------------------------------------------------------------------------------------------------------
@@ -289,8 +304,8 @@ void avx2_range(const void* values, Dtype dtype, int64_t count, bool only_absmax
 
 void avx2_encode(const void* values, Dtype dtype, int64_t count, const Encoding& e, uint8_t* out) {
   const int size = e.format->subgroup;
-  const bool uncommon = e.format->max_shift && size != 8 && size != 16 && size != 32;
-  if (uncommon || std::isnan(e.reciprocal)) return scalar_encode(values, dtype, count, e, out);
+  const bool common = (size == 8 || size == 16 || size == 32) && errors_fit(*e.format, *e.grid);
+  if ((rounds_twice(*e.format) && !common) || std::isnan(e.reciprocal)) return scalar_encode(values, dtype, count, e, out);
   if (dtype == Dtype::float32) return encode<Dtype::float32>(values, count, e, out);
   if (dtype == Dtype::bfloat16) return encode<Dtype::bfloat16>(values, count, e, out);
   encode<Dtype::float16>(values, count, e, out);

@@ -10,6 +10,7 @@
 
 #include "floats.h"
 #include "internal.h"
+#include "multiples.h"
 #include "shifted.h"
 
 namespace halfbyte {
@@ -91,13 +92,13 @@ struct FirstRounding {
 
   explicit FirstRounding(const Encoding& e) : grid(*e.grid) {
     const bool is_signed = grid.is_signed;
-    const int top = e.format->max_shift ? e.format->top : grid.top,
-              bottom = e.format->max_shift ? (is_signed ? -top : 0) : grid.bottom;
+    const int top = rounds_twice(*e.format) ? e.format->top : grid.top,
+              bottom = rounds_twice(*e.format) ? (is_signed ? -top : 0) : grid.bottom;
     reciprocal = _mm512_set1_ps(e.reciprocal), zero = _mm512_set1_ps(is_signed ? 0.0f : e.zero);
     low = _mm512_set1_ps(static_cast<float>(bottom)), high = _mm512_set1_ps(static_cast<float>(top));
     offset = _mm512_set1_epi32(e.offset);
     const int bits = whole_bits(grid);
-    if (!grid.contiguous && !e.format->max_shift) steps = bits > 1 ? Steps::minifloat : Steps::powers;
+    if (!grid.contiguous && !rounds_twice(*e.format)) steps = bits > 1 ? Steps::minifloat : Steps::powers;
     step_of_power = _mm512_set1_ps(std::ldexp(1.0f, 1 - bits));
   }
 
@@ -154,6 +155,9 @@ struct Bytes {
   Bytes look_up(Bytes index) const { return {_mm512_shuffle_epi8(v, index.v)}; }
   Bytes plus(Bytes o) const { return {_mm512_adds_epu8(v, o.v)}; }
   Bytes minus(Bytes o) const { return {_mm512_subs_epu8(v, o.v)}; }
+  Bytes minus_wrapping(Bytes o) const { return {_mm512_sub_epi8(v, o.v)}; }
+  Bytes where_reaches(Bytes a, Bytes limit) const { return {_mm512_maskz_mov_epi8(_mm512_cmpge_epu8_mask(a.v, limit.v), v)}; }
+  Bytes either(Bytes o) const { return {_mm512_or_si512(v, o.v)}; }
   Bytes both(Bytes o) const { return {_mm512_and_si512(v, o.v)}; }
   Bytes least(Bytes o) const { return {_mm512_min_epu8(v, o.v)}; }
   Bytes most(Bytes o) const { return {_mm512_max_epu8(v, o.v)}; }
@@ -191,28 +195,25 @@ struct Bytes {
   }
 };
 
-template <int Size>
-void second_rounding(const ShiftRounder<Bytes> rounder, int offset, int64_t count, const uint8_t* in, uint8_t* out) {
+template <int Size, typename Rounder>
+void second_rounding(const Rounder rounder, int offset, int64_t count, const uint8_t* in, uint8_t* out) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(offset));  // adding 128 to a byte is flipping its top bit
   for (int64_t i = 0; i < count; i += 64) {
-    const __m512i u = _mm512_xor_si512(rounder.round<Size>({_mm512_xor_si512(_mm512_load_si512(in + i), flip)}).v, flip);
+    const __m512i u = _mm512_xor_si512(rounder.template round<Size>({_mm512_xor_si512(_mm512_load_si512(in + i), flip)}).v, flip);
     _mm512_mask_storeu_epi8(out + i, count - i >= 64 ? ~0ull : (1ull << (count - i)) - 1, u);
   }
 }
 
 constexpr int piece = 1024;  // values rounded twice while in L1
 
-template <Dtype D>
-void encode(const void* values, int64_t count, const Encoding& e, uint8_t* out) {
-  const FirstRounding round(e);
-  if (!e.format->max_shift) return first_rounding<D>(values, 0, count, round, out);
-  const ShiftTables tables(*e.format, *e.grid);
-  const ShiftRounder<Bytes> rounder(tables);
+template <Dtype D, typename Rounder>
+void encode_twice(const void* values, int64_t count, const Encoding& e, const FirstRounding& round, const Rounder& rounder,
+                  uint8_t* out) {
   const int size = e.format->subgroup;
-  const auto again = size == 8    ? second_rounding<8>
-                     : size == 16 ? second_rounding<16>
-                     : size == 32 ? second_rounding<32>
-                                  : second_rounding<64>;
+  const auto again = size == 8    ? second_rounding<8, Rounder>
+                     : size == 16 ? second_rounding<16, Rounder>
+                     : size == 32 ? second_rounding<32, Rounder>
+                                  : second_rounding<64, Rounder>;
   alignas(64) uint8_t bytes[piece];
   for (int64_t start = 0; start < count; start += piece) {
     const int64_t some = std::min<int64_t>(piece, count - start);
@@ -220,6 +221,16 @@ void encode(const void* values, int64_t count, const Encoding& e, uint8_t* out) 
     first_rounding<D>(values, start, some, round, bytes);
     again(rounder, e.offset, some, bytes, out + start);
   }
+}
+
+template <Dtype D>
+void encode(const void* values, int64_t count, const Encoding& e, uint8_t* out) {
+  const FirstRounding round(e);
+  if (e.format->max_multiple)
+    return encode_twice<D>(values, count, e, round, MultipleRounder<Bytes>(MultipleTables(*e.format, *e.grid)), out);
+  if (e.format->max_shift)
+    return encode_twice<D>(values, count, e, round, ShiftRounder<Bytes>(ShiftTables(*e.format, *e.grid)), out);
+  first_rounding<D>(values, 0, count, round, out);
 }
 
 // ---- sums to outputs --------------------------------------------------------------------------------------------------------
@@ -266,8 +277,8 @@ void avx512_range(const void* values, Dtype dtype, int64_t count, bool only_absm
 
 void avx512_encode(const void* values, Dtype dtype, int64_t count, const Encoding& e, uint8_t* out) {
   const int size = e.format->subgroup;
-  const bool uncommon = e.format->max_shift && size != 8 && size != 16 && size != 32 && size != 64;
-  if (uncommon || std::isnan(e.reciprocal)) return scalar_encode(values, dtype, count, e, out);
+  const bool common = (size == 8 || size == 16 || size == 32 || size == 64) && errors_fit(*e.format, *e.grid);
+  if ((rounds_twice(*e.format) && !common) || std::isnan(e.reciprocal)) return scalar_encode(values, dtype, count, e, out);
   if (dtype == Dtype::float32) return encode<Dtype::float32>(values, count, e, out);
   if (dtype == Dtype::bfloat16) return encode<Dtype::bfloat16>(values, count, e, out);
   encode<Dtype::float16>(values, count, e, out);

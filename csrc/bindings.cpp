@@ -98,8 +98,8 @@ void unpack(const Bytes& packed, const Bytes& codes, const std::optional<Bytes>&
 
 // address, dtype code, images, height, width, channels, image stride, row stride, pixel stride
 using InputArguments = std::array<int64_t, 9>;
-// grid (a value of hb::Grid), max_shift, subgroup, top, truncate
-using FormatArguments = std::array<int64_t, 5>;
+// grid (a value of hb::Grid), max_shift, subgroup, top, truncate, max_multiple
+using FormatArguments = std::array<int64_t, 6>;
 // address, dtype code, pixel stride
 using OutputArguments = std::array<int64_t, 3>;
 
@@ -114,6 +114,7 @@ hb::InputFormat input_format(const FormatArguments& given, std::optional<std::ar
   format.grid = static_cast<hb::Grid>(given[0]);
   format.max_shift = static_cast<int>(given[1]), format.subgroup = static_cast<int>(given[2]);
   format.top = static_cast<int>(given[3]), format.truncate = given[4] != 0;
+  format.max_multiple = static_cast<int>(given[5]);
   if (fixed) {
     format.fixed = true;
     format.scale = static_cast<float>((*fixed)[0]), format.zero = static_cast<int>((*fixed)[1]);

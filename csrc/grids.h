@@ -34,6 +34,9 @@ static inline int decode_code(int code, const GridTable& grid) {
   return grid.bits == 8 ? static_cast<int8_t>(code) : grid.levels[code];
 }
 
+// Whether inputs are rounded to whole numbers first, then by subgroups.
+static inline bool rounds_twice(const InputFormat& format) { return format.max_shift || format.max_multiple; }
+
 static inline int nibble(const uint8_t* bytes, int64_t index) { return bytes[index / 2] >> (index % 2 * 4) & 15; }
 
 }  // namespace halfbyte

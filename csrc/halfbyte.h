@@ -120,12 +120,13 @@ Energy round_weights(const Run& run, const FloatRows& weights, const WeightForma
 struct InputFormat {
   Grid grid = Grid::int8;
   int max_shift = 0;
-  int subgroup = 16;      // neighbouring channels of one pixel that share a shift
+  int subgroup = 16;      // neighbouring channels of one pixel that share a shift or a multiple
   int top = 127;          // the integer that the largest magnitude (or the range) maps to; ActivationSpec.top
   bool truncate = false;  // the second rounding drops bits
   bool fixed = false;     // one calibrated scale (and zero point, for unsigned grids) for all images, instead of their own
   float scale = 1.0f;     // of `fixed`; finite and > 0
   int zero = 0;           // of `fixed`; 0..255
+  int max_multiple = 0;   // in place of shifts: the levels of a subgroup times 1 to this; 0: none
 };
 
 // Images with channels innermost and adjacent; strides in elements. A linear input of M rows: images = M, height = width = 1.

@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "floats.h"
+#include "multiples.h"
 #include "shifted.h"
 
 namespace halfbyte {
@@ -130,12 +131,12 @@ struct FirstRounding {
 
   explicit FirstRounding(const Encoding& e)
       : reciprocal(e.reciprocal), zero(e.grid->is_signed ? 0.0f : e.zero), offset(e.offset), grid(*e.grid) {
-    const int top = e.format->max_shift ? e.format->top : grid.top,
-              bottom = e.format->max_shift ? (grid.is_signed ? -top : 0) : grid.bottom;
+    const int top = rounds_twice(*e.format) ? e.format->top : grid.top,
+              bottom = rounds_twice(*e.format) ? (grid.is_signed ? -top : 0) : grid.bottom;
     low = static_cast<float>(bottom), high = static_cast<float>(top);
     const int bits = whole_bits(grid);
     step_of_power = std::ldexp(1.0f, 1 - bits);
-    if (!grid.contiguous && !e.format->max_shift) steps = bits > 1 ? Steps::minifloat : Steps::powers;
+    if (!grid.contiguous && !rounds_twice(*e.format)) steps = bits > 1 ? Steps::minifloat : Steps::powers;
   }
 
   float32x4_t to_level(float32x4_t m) const {
@@ -192,6 +193,15 @@ struct Bytes {
   Bytes minus(Bytes o) const {
     return each([&](int i) { return vqsubq_u8(v[i], o.v[i]); });
   }
+  Bytes minus_wrapping(Bytes o) const {
+    return each([&](int i) { return vsubq_u8(v[i], o.v[i]); });
+  }
+  Bytes where_reaches(Bytes a, Bytes limit) const {
+    return each([&](int i) { return vandq_u8(v[i], vcgeq_u8(a.v[i], limit.v[i])); });
+  }
+  Bytes either(Bytes o) const {
+    return each([&](int i) { return vorrq_u8(v[i], o.v[i]); });
+  }
   Bytes both(Bytes o) const {
     return each([&](int i) { return vandq_u8(v[i], o.v[i]); });
   }
@@ -240,11 +250,11 @@ struct Bytes {
   }
 };
 
-template <int Size>
-void second_rounding(const ShiftRounder<Bytes> rounder, int offset, int64_t count, const uint8_t* in, uint8_t* out) {
+template <int Size, typename Rounder>
+void second_rounding(const Rounder rounder, int offset, int64_t count, const uint8_t* in, uint8_t* out) {
   const uint8x16_t flip = vdupq_n_u8(static_cast<uint8_t>(offset));  // adding 128 to a byte is flipping its top bit
   for (int64_t i = 0; i < count; i += 32) {
-    const Bytes u = rounder.round<Size>(Bytes::each([&](int j) { return veorq_u8(vld1q_u8(in + i + j * 16), flip); }));
+    const Bytes u = rounder.template round<Size>(Bytes::each([&](int j) { return veorq_u8(vld1q_u8(in + i + j * 16), flip); }));
     uint8_t all[32];
     for (int j = 0; j < 2; j++) vst1q_u8(all + j * 16, veorq_u8(u.v[j], flip));
     std::memcpy(out + i, all, static_cast<size_t>(std::min<int64_t>(32, count - i)));
@@ -253,14 +263,13 @@ void second_rounding(const ShiftRounder<Bytes> rounder, int offset, int64_t coun
 
 constexpr int piece = 1024;  // values rounded twice while in L1
 
-void encode(const void* values, Dtype dtype, int64_t count, const Encoding& e, uint8_t* out) {
-  const int size = e.format->subgroup;
-  const bool uncommon = e.format->max_shift && size != 8 && size != 16 && size != 32;
-  if (uncommon || std::isnan(e.reciprocal)) return scalar_encode(values, dtype, count, e, out);
+template <typename Rounder>
+void encode_by(const Rounder& rounder, const void* values, Dtype dtype, int64_t count, const Encoding& e, uint8_t* out) {
   const FirstRounding round(e);
-  const ShiftTables tables(*e.format, *e.grid);
-  const ShiftRounder<Bytes> rounder(tables);
-  const auto again = size == 8 ? second_rounding<8> : size == 16 ? second_rounding<16> : second_rounding<32>;
+  const int size = e.format->subgroup;
+  const auto again = size == 8    ? second_rounding<8, Rounder>
+                     : size == 16 ? second_rounding<16, Rounder>
+                                  : second_rounding<32, Rounder>;
   uint8_t bytes[piece + 32];
   for (int64_t start = 0; start < count; start += piece) {
     const int64_t some = std::min<int64_t>(piece, count - start);
@@ -270,12 +279,21 @@ void encode(const void* values, Dtype dtype, int64_t count, const Encoding& e, u
       vst1q_u8(sixteen, round(x));
       std::memcpy(bytes + i, sixteen, static_cast<size_t>(std::min<int64_t>(16, some - i)));
     });
-    if (e.format->max_shift) {
+    if (rounds_twice(*e.format)) {
       again(rounder, e.offset, some, bytes, out + start);
     } else {
       std::memcpy(out + start, bytes, static_cast<size_t>(some));
     }
   }
+}
+
+void encode(const void* values, Dtype dtype, int64_t count, const Encoding& e, uint8_t* out) {
+  const int size = e.format->subgroup;
+  const bool common = size == 8 || size == 16 || size == 32;
+  if ((rounds_twice(*e.format) && !common) || std::isnan(e.reciprocal)) return scalar_encode(values, dtype, count, e, out);
+  if (e.format->max_multiple)
+    return encode_by(MultipleRounder<Bytes>(MultipleTables(*e.format, *e.grid)), values, dtype, count, e, out);
+  encode_by(ShiftRounder<Bytes>(ShiftTables(*e.format, *e.grid)), values, dtype, count, e, out);
 }
 
 // ---- outputs ----------------------------------------------------------------------------------------------------------------

@@ -76,8 +76,9 @@ void encode_rows(const Job& job, int64_t image, int64_t from, int64_t to) {
   const GridTable& grid = table_of(job.format.grid);
   const float zero = grid.is_signed ? 0.0f : static_cast<float>(job.zeros[image]);
   const Encoding encoding{&job.format, &grid, 1.0f / job.scales[image], zero, grid.is_signed ? 128 : 0};
-  // Subgroups stay inside a pixel; without shifts, or where pixels hold whole subgroups, a row of pixels is one stretch.
-  const bool whole_rows = (!job.format.max_shift || h.channels % job.format.subgroup == 0) && h.pixel_pitch == h.channels;
+  // Subgroups stay inside a pixel; where values are rounded once, or where pixels hold whole subgroups, a row of pixels is one
+  // stretch.
+  const bool whole_rows = (!rounds_twice(job.format) || h.channels % job.format.subgroup == 0) && h.pixel_pitch == h.channels;
   const int border = job.zeros[image];
   const auto fill = [&](int64_t at, int64_t bytes) { std::memset(job.quantized + at, border, static_cast<size_t>(bytes)); };
   if (from == 0 && h.pad_top) fill(pixel_offset(h, image, 0, 0), h.pad_top * h.row_pitch);
@@ -129,13 +130,16 @@ void join_ranges(const Job& job) {
 
 void check(const Input& input, const InputFormat& format, const Layer& layer) {
   const GridTable& grid = table_of(format.grid);
-  const int largest = std::max(format.top, std::max(grid.top, -grid.bottom) << format.max_shift);
+  const int step = format.max_multiple ? format.max_multiple : 1 << format.max_shift;
+  const int largest = std::max(format.top, std::max(grid.top, -grid.bottom) * step);
   if (input.channels != layer.inputs)
     throw std::invalid_argument("the layer takes " + std::to_string(layer.inputs) + " channels, the input has " +
                                 std::to_string(input.channels));
   if (format.top < 1 || largest > (grid.is_signed ? 128 : 255) || format.max_shift < 0 || (format.max_shift && grid.bits == 8))
     throw std::invalid_argument(std::string("inputs of grid ") + grid.name + " cannot reach " + std::to_string(largest) +
                                 " in a byte");
+  if (format.max_multiple && (grid.bits == 8 || format.max_shift || format.max_multiple < 2 || format.max_multiple > 16))
+    throw std::invalid_argument("multiples of an input end at 2 to 16, on 4-bit grids without shifts");
   if (format.subgroup < 1 || format.subgroup > 1024) throw std::invalid_argument("a subgroup of an input holds 1 to 1024 values");
   if (format.truncate && !(format.max_shift && grid.contiguous))
     throw std::invalid_argument("truncation needs shifts and an integer grid");

@@ -19,9 +19,30 @@ int cut(int value, int shift, const GridTable& grid) {
   return value < 0 ? -kept : kept;
 }
 
+int round_multiple(int value, int multiple, const GridTable& grid) {
+  return round_to_grid(static_cast<float>(value) / static_cast<float>(multiple), grid) * multiple;
+}
+
+// The smallest multiple with which the table's top reaches the largest magnitude; or one less, where that lowers the squared error.
+// See quantizers.round_with_multiples.
+void round_to_multiples(int* values, int64_t count, const InputFormat& format, const GridTable& grid) {
+  int largest = 0;
+  for (int64_t i = 0; i < count; i++) largest = std::max(largest, std::abs(values[i]));
+  const int reaching = std::clamp((largest + grid.top - 1) / grid.top, 1, format.max_multiple), less = std::max(reaching - 1, 1);
+  int64_t error = 0, lower_error = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t off = round_multiple(values[i], reaching, grid) - values[i],
+                  lower = round_multiple(values[i], less, grid) - values[i];
+    error += off * off, lower_error += lower * lower;
+  }
+  const int multiple = lower_error < error ? less : reaching;
+  for (int64_t i = 0; i < count; i++) values[i] = round_multiple(values[i], multiple, grid);
+}
+
 // Leading-zero suppression: the smallest shift at which the largest magnitude is no longer, in bits, than the table's top; or one
 // more, where that lowers the squared error. See quantizers.round_with_shifts.
 void round_subgroup(int* values, int64_t count, const InputFormat& format, const GridTable& grid) {
+  if (format.max_multiple) return round_to_multiples(values, count, format, grid);
   int largest = 0;
   for (int64_t i = 0; i < count; i++) largest = std::max(largest, std::abs(values[i]));
   const int flag = std::clamp(bit_length(largest) - bit_length(grid.top), 0, format.max_shift);
@@ -51,7 +72,8 @@ void scalar_range(const void* values, Dtype dtype, int64_t count, bool, Range* r
 
 void scalar_encode(const void* values, Dtype dtype, int64_t count, const Encoding& e, uint8_t* out) {
   const InputFormat& format = *e.format;
-  const int64_t step = format.max_shift ? format.subgroup : 64;
+  const bool twice = rounds_twice(format);
+  const int64_t step = twice ? format.subgroup : 64;
   int integers[1024];
   for (int64_t start = 0; start < count; start += step) {
     const int64_t length = std::min(step, count - start);
@@ -59,10 +81,10 @@ void scalar_encode(const void* values, Dtype dtype, int64_t count, const Encodin
       const float scaled = load(values, dtype, start + i) * e.reciprocal;
       const float units = (std::isfinite(scaled) ? scaled : 0.0f) + (e.grid->is_signed ? 0.0f : e.zero);
       const float top = static_cast<float>(format.top);
-      integers[i] = format.max_shift ? static_cast<int>(std::clamp(std::nearbyintf(units), e.grid->is_signed ? -top : 0.0f, top))
-                                     : round_to_grid(units, *e.grid);
+      integers[i] = twice ? static_cast<int>(std::clamp(std::nearbyintf(units), e.grid->is_signed ? -top : 0.0f, top))
+                          : round_to_grid(units, *e.grid);
     }
-    if (format.max_shift) round_subgroup(integers, length, format, *e.grid);
+    if (twice) round_subgroup(integers, length, format, *e.grid);
     for (int64_t i = 0; i < length; i++) out[start + i] = static_cast<uint8_t>(integers[i] + e.offset);
   }
 }

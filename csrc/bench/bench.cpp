@@ -39,6 +39,10 @@ struct Format {
 const Format formats[] = {
     {"lzs4 x lzs4", {Grid::lzs4, 4, 16}, {Grid::lzs4, 4, 16, 112}},
     {"lzs4 x int8", {Grid::lzs4, 4, 16}, {Grid::int8, 0, 16, 127}},
+    {"lzs4 x e2m1<<3", {Grid::lzs4, 4, 16}, {Grid::e2m1, 3, 16, 96}},
+    {"lzs4 x e2m1*10", {Grid::lzs4, 4, 16}, {Grid::e2m1, 0, 16, 120, false, false, 1, 0, 10}},
+    {"lzs4 x ue1m3<<4", {Grid::lzs4, 4, 16}, {Grid::ue1m3, 4, 16, 240}},
+    {"lzs4 x ue1m3*16", {Grid::lzs4, 4, 16}, {Grid::ue1m3, 0, 16, 240, false, false, 1, 0, 16}},
     {"int8 x int8", {Grid::int8, 0, 16}, {Grid::int8, 0, 16, 127}},
 };
 
@@ -88,7 +92,7 @@ void measure(const Run& run, const Case& c, const Format& format, double budget,
       median(budget, [&] { product(run, aligned, packed.data(), scale.data(), nullptr, {y.data(), Dtype::bfloat16, c.outputs}); });
   const double macs = static_cast<double>(pixels) * static_cast<double>(k * c.outputs);
   std::printf(
-      "%-22s %-12s quantize %8.3f ms  product %8.3f ms  %7.1f GMAC/s  %5.1f %% of the limit, %5.1f %% with quantization  %5.1f "
+      "%-22s %-15s quantize %8.3f ms  product %8.3f ms  %7.1f GMAC/s  %5.1f %% of the limit, %5.1f %% with quantization  %5.1f "
       "GB/s\n",
       c.name, format.name, first * 1e3, second * 1e3, macs / second / 1e9, macs / second / limit * 100,
       macs / (first + second) / limit * 100, static_cast<double>(packed.size()) / second / 1e9);

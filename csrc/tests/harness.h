@@ -59,8 +59,40 @@ inline const std::vector<WeightFormat>& weight_formats() {
   return formats;
 }
 
+// With a fixed scale and zero point where `scale` is above 0.
+inline InputFormat multiples(Grid grid, int most, int subgroup, int top, float scale = 0, int zero = 0) {
+  return {grid, 0, subgroup, top, false, scale > 0, scale > 0 ? scale : 1, zero, most};
+}
+
+inline std::vector<InputFormat> with_multiples(std::vector<InputFormat> formats) {
+  for (const InputFormat& format : {multiples(Grid::lzs4, 16, 16, 112),
+                                    multiples(Grid::lzs4, 16, 32, 127),
+                                    multiples(Grid::lzs4, 2, 8, 127),
+                                    multiples(Grid::e1m2, 15, 64, 105),
+                                    multiples(Grid::int4, 16, 16, 112),
+                                    multiples(Grid::int4, 9, 8, 127),
+                                    multiples(Grid::int4, 16, 32, 127, 0.03f),
+                                    multiples(Grid::e2m1, 10, 16, 120),
+                                    multiples(Grid::e2m1, 7, 8, 127),
+                                    multiples(Grid::e2m1, 10, 5, 120),
+                                    multiples(Grid::e2m1, 2, 32, 24),
+                                    multiples(Grid::e2m1, 10, 16, 120, 0.02f),
+                                    multiples(Grid::ue1m3, 16, 16, 240),
+                                    multiples(Grid::ue1m3, 16, 8, 255),
+                                    multiples(Grid::ue1m3, 2, 32, 255),
+                                    multiples(Grid::ue1m3, 10, 32, 255),
+                                    multiples(Grid::ue1m3, 16, 16, 240, 0.02f, 31),
+                                    multiples(Grid::ue1m3, 3, 64, 45),
+                                    multiples(Grid::ue2m2, 9, 16, 252),
+                                    multiples(Grid::ue2m2, 9, 8, 255),
+                                    multiples(Grid::ue2m2, 6, 32, 255),
+                                    multiples(Grid::ue2m2, 2, 64, 56, 0.1f, 9)})
+    formats.push_back(format);
+  return formats;
+}
+
 inline const std::vector<InputFormat>& input_formats() {
-  static const std::vector<InputFormat> formats = {
+  static const std::vector<InputFormat> formats = with_multiples({
       {Grid::int8, 0, 16, 127, false, false, 1, 0},        {Grid::lzs4, 4, 16, 112, false, false, 1, 0},
       {Grid::lzs4, 4, 32, 127, true, false, 1, 0},         {Grid::lzs4, 4, 8, 105, false, false, 1, 0},
       {Grid::lzs4, 2, 64, 28, false, false, 1, 0},         {Grid::lzs4, 4, 5, 112, false, false, 1, 0},
@@ -74,13 +106,13 @@ inline const std::vector<InputFormat>& input_formats() {
       {Grid::ue1m3, 4, 32, 255, false, false, 1, 0},       {Grid::e2m1, 0, 16, 12, false, true, 0.37f, 0},
       {Grid::ue2m2, 0, 16, 28, false, true, 0.2f, 9},      {Grid::lzs4, 4, 16, 112, false, true, 0.02f, 0},
       {Grid::uint8, 0, 16, 255, false, true, 1e-39f, 200}, {Grid::ue1m3, 4, 16, 240, false, true, 0.02f, 31},
-  };
+  });
   return formats;
 }
 
 inline std::string describe(const InputFormat& f) {
-  return std::string(name_of(f.grid)) + "<<" + std::to_string(f.max_shift) + "/" + std::to_string(f.subgroup) + " top " +
-         std::to_string(f.top) + (f.truncate ? " cut" : "") + (f.fixed ? " fixed" : "");
+  return std::string(name_of(f.grid)) + "<<" + std::to_string(f.max_shift) + "*" + std::to_string(f.max_multiple) + "/" +
+         std::to_string(f.subgroup) + " top " + std::to_string(f.top) + (f.truncate ? " cut" : "") + (f.fixed ? " fixed" : "");
 }
 
 struct Weights {

@@ -9,6 +9,7 @@ void test_floats();
 void test_packing();
 void test_refusals();
 void test_quantize();
+void test_refused_multiples();
 void test_ties();
 void test_weights();
 void test_linear();
@@ -32,6 +33,7 @@ int main(int count, char** arguments) {
                {"packing", test_packing},
                {"refusals", test_refusals},
                {"quantize", test_quantize},
+               {"multiples", test_refused_multiples},
                {"ties", test_ties},
                {"weights", test_weights},
                {"linear", test_linear},

@@ -41,7 +41,7 @@ void compare(const Input& input, const InputFormat& format, const Layer& layer) 
 }
 
 // Two subgroups of whole numbers with scale 1: every magnitude, every saturation.
-void test_every_shift(const InputFormat& format) {
+void test_every_step(const InputFormat& format) {
   const GridTable& grid = table_of(format.grid);
   const int limit = grid.is_signed ? format.top : 255;
   Layer layer;
@@ -68,7 +68,7 @@ void test_quantize() {
         const Images images(dtype, 24, 1, 1, channels, uniform(0, 3), uniform(0, 2));
         compare(images.input, format, layer);
       }
-    if (format.max_shift) test_every_shift(format);
+    if (rounds_twice(format)) test_every_step(format);
     Layer padded;
     padded.inputs = 24, padded.outputs = 1, padded.kernel_h = padded.kernel_w = 3, padded.pad_left = 1, padded.pad_bottom = 2;
     const Images images(Dtype::bfloat16, 3, 40, 37, 24);
@@ -76,10 +76,21 @@ void test_quantize() {
   }
 }
 
+void test_refused_multiples() {
+  const Images images(Dtype::float32, 2, 1, 1, 24);
+  Layer layer;
+  layer.inputs = 24, layer.outputs = 1;
+  InputFormat shifted = multiples(Grid::lzs4, 4, 16, 28);
+  shifted.max_shift = 1;
+  for (const InputFormat& format : {multiples(Grid::e2m1, 11, 16, 127), multiples(Grid::lzs4, 17, 16, 119),
+                                    multiples(Grid::lzs4, 1, 16, 7), multiples(Grid::int8, 2, 16, 127), shifted})
+    check_throws([&] { quantize_with(Run{}, images.input, format, layer); }, "refuses " + describe(format));
+}
+
 // The nearest float32 below and above every tie of every table.
 void test_ties() {
   for (const InputFormat& format : input_formats()) {
-    if (format.max_shift || format.fixed) continue;
+    if (rounds_twice(format) || format.fixed) continue;
     const GridTable& grid = table_of(format.grid);
     std::vector<float> values;
     for (float middle = 0; middle < static_cast<float>(format.top); middle += 0.5f)

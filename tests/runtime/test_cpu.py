@@ -41,6 +41,22 @@ ACTIVATIONS += [
     ActivationSpec("lzs4", max_shift=4, peak=127, rounding="truncate"),
     ActivationSpec("int8", peak=100),
 ]
+LARGEST_MULTIPLES = {name: min(16, grid.reach // grid.top) for name, grid in PACKABLE.items() if grid.bits == 4}
+MULTIPLES = [
+    ActivationSpec(name, max_multiple=most, zero_point=not GRIDS[name].signed)
+    for name, most in LARGEST_MULTIPLES.items()
+    if most > 1
+]
+MULTIPLES += [
+    ActivationSpec("lzs4", max_multiple=16, subgroup=8, peak=127),
+    ActivationSpec("int4", max_multiple=3, subgroup=32, peak=127),
+    ActivationSpec("e2m1", max_multiple=10, subgroup=5),
+    ActivationSpec("e2m1", max_multiple=7, subgroup=8),
+    ActivationSpec("ue1m3", max_multiple=16, subgroup=32, zero_point=True),
+    ActivationSpec("ue1m3", max_multiple=2, peak=255, zero_point=True),
+    ActivationSpec("ue2m2", max_multiple=5, subgroup=64, zero_point=True),
+]
+ACTIVATIONS += MULTIPLES
 SPECS = [LayerSpec(WEIGHTS[i % len(WEIGHTS)], activation) for i, activation in enumerate(ACTIVATIONS)]
 SPECS += [LayerSpec(weight, ACTIVATIONS[-1 - i % len(ACTIVATIONS)]) for i, weight in enumerate(WEIGHTS)]
 QUARTZ = PRESETS["quartz-w4a4"].inner
@@ -130,6 +146,23 @@ def test_calibrated_scales_equal_the_reference(name, scale):
         assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("activation", MULTIPLES, ids=ActivationSpec.describe)
+def test_every_multiple_of_every_whole_number(activation, monkeypatch):
+    """Scale 1: every magnitude under every largest one, ties among them."""
+    packed, _ = make("linear round", LayerSpec(WEIGHTS[0], activation.replace(scale="static", peak=0)))
+    packed.activation_scale = torch.tensor([1.0])
+    if activation.zero_point:
+        packed.activation_zero = torch.tensor([0], dtype=torch.uint8)
+    largest = torch.arange(packed.spec.activation.top + 1)[:, None]
+    x = torch.rand(len(largest), 128).mul(largest + 1).floor()
+    x[:, ::16] = largest
+    x = x if activation.zero_point else x * torch.randint(2, x.shape).mul(2).sub(1)
+    expected = reference(packed, x)
+    for isa in engine.instruction_sets():
+        monkeypatch.setenv("HALFBYTE_ISA", isa)
+        assert torch.equal(packed(x), expected)
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("name", ["linear", "conv 3x3"])
 def test_a_bias_of_any_dtype_wherever_it_lies(name, dtype):
@@ -215,7 +248,8 @@ def test_any_shape_equals_the_reference(problem, seed, dtype, size):
 )
 def test_special_values_come_out_as_in_the_reference(rows):
     torch.manual_seed(0)
-    for spec in (QUARTZ, INT8, LayerSpec(WeightSpec("int4"), ActivationSpec("uint8", zero_point=True))):
+    others = ActivationSpec("uint8", zero_point=True), ActivationSpec("e2m1", max_multiple=10, subgroup=8)
+    for spec in (QUARTZ, INT8, *(LayerSpec(WeightSpec("int4"), one) for one in others)):
         packed, x = pack(nn.Linear(5, 3), spec), torch.tensor(rows)
         found, expected = packed(x), reference(packed, x)
         assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))

@@ -39,6 +39,22 @@ ACTIVATIONS += [
     ActivationSpec("lzs4", max_shift=4, peak=127, rounding="truncate"),
     ActivationSpec("int8", peak=100),
 ]
+LARGEST_MULTIPLES = {name: min(16, grid.reach // grid.top) for name, grid in PACKABLE.items() if grid.bits == 4}
+MULTIPLES = [
+    ActivationSpec(name, max_multiple=most, zero_point=not GRIDS[name].signed)
+    for name, most in LARGEST_MULTIPLES.items()
+    if most > 1
+]
+MULTIPLES += [
+    ActivationSpec("lzs4", max_multiple=16, subgroup=8, peak=127),
+    ActivationSpec("int4", max_multiple=3, subgroup=32, peak=127),
+    ActivationSpec("e2m1", max_multiple=10, subgroup=4),
+    ActivationSpec("e2m1", max_multiple=7, subgroup=8),
+    ActivationSpec("ue1m3", max_multiple=16, subgroup=32, zero_point=True),
+    ActivationSpec("ue1m3", max_multiple=2, peak=255, zero_point=True),
+    ActivationSpec("ue2m2", max_multiple=5, subgroup=64, zero_point=True),
+]
+ACTIVATIONS += MULTIPLES
 SPECS = [LayerSpec(WEIGHTS[i % len(WEIGHTS)], activation) for i, activation in enumerate(ACTIVATIONS)]
 SPECS += [LayerSpec(weight, ACTIVATIONS[-1 - i % len(ACTIVATIONS)]) for i, weight in enumerate(WEIGHTS)]
 QUARTZ = PRESETS["quartz-w4a4"].inner
@@ -49,6 +65,7 @@ LAYERS = {  # layer, shapes of its inputs
     "linear": (lambda: nn.Linear(131, 70), [(1, 131), (2, 5, 131), (131,), (0, 131), (66, 131)]),
     "linear even": (lambda: nn.Linear(264, 40), [(5, 264), (66, 264)]),  # K a multiple of 8: four codes decoded at once
     "linear narrow": (lambda: nn.Linear(300, 1, bias=False), [(1, 300), (17, 300)]),
+    "linear wide": (lambda: nn.Linear(4096, 2), [(4, 4096)]),
     "linear one": (lambda: nn.Linear(1, 1), [(1, 1), (65, 1)]),
     "conv 3x3": (lambda: nn.Conv2d(20, 33, 3, padding=1), [(2, 20, 4, 5), (20, 3, 3), (0, 20, 3, 3), (1, 20, 1, 1)]),
     "conv stride": (lambda: nn.Conv2d(16, 24, (3, 2), stride=2, padding=(1, 0), bias=False), [(2, 16, 5, 7)]),
@@ -134,13 +151,29 @@ def test_codes_in_any_order_of_bits():
             check(packed, x)
 
 
-def test_a_zero_point_past_the_end_of_a_row_is_not_counted():
-    """In the last subgroup, which is shorter: the choice of its shift must not see it."""
-    activation = ActivationSpec("ue1m3", max_shift=4, zero_point=True)
+@pytest.mark.parametrize("steps", [{"max_shift": 4}, {"max_multiple": 16}], ids=str)
+def test_a_zero_point_past_the_end_of_a_row_is_not_counted(steps):
+    """In the last subgroup, which is shorter: the choice of its shift or multiple must not see it."""
+    activation = ActivationSpec("ue1m3", zero_point=True, **steps)
     for name, rows in (("linear", 130), ("conv1d", 20)):
         packed, inputs = make(name, LayerSpec(QUARTZ.weight, activation))
         torch.manual_seed(1)
         check(packed, torch.randn(rows, *inputs[0].shape[1:], device=DEVICE))
+
+
+def test_every_multiple_of_every_whole_number():
+    """Scale 1: every magnitude under every largest one, ties among them."""
+    for activation in MULTIPLES:
+        packed, _ = make("linear wide", LayerSpec(WEIGHTS[0], activation.replace(scale="static", peak=0)))
+        packed.activation_scale = torch.tensor([1.0], device=DEVICE)
+        if activation.zero_point:
+            packed.activation_zero = torch.tensor([0], dtype=torch.uint8, device=DEVICE)
+        draw = torch.Generator().manual_seed(2)
+        largest = torch.arange(256)[:, None]
+        x = torch.rand(256, 64, generator=draw).mul(largest + 1).floor()
+        x[:, ::16] = largest
+        x = x if activation.zero_point else x * torch.randint(2, x.shape, generator=draw).mul(2).sub(1)
+        check(packed, x.view(4, 4096).to(DEVICE))
 
 
 @pytest.mark.slow
@@ -177,7 +210,8 @@ def test_every_float_type_and_order(name, dtype):
 @pytest.mark.parametrize("name", ["linear", "conv 3x3"])
 @pytest.mark.parametrize("scale", [0.01, 0.3, 40.0])
 def test_calibrated_scales(name, scale):
-    for activation in (ActivationSpec("e2m1"), ActivationSpec("ue2m2", zero_point=True), ActivationSpec("lzs4", max_shift=4)):
+    plain = ActivationSpec("e2m1"), ActivationSpec("ue2m2", zero_point=True), ActivationSpec("lzs4", max_shift=4)
+    for activation in (*plain, ActivationSpec("ue1m3", max_multiple=16, zero_point=True), ActivationSpec("e2m1", max_multiple=10)):
         packed, inputs = make(name, LayerSpec(WEIGHTS[3], activation.replace(scale="static")))
         packed.activation_scale = torch.tensor([scale], device=DEVICE)
         if activation.zero_point:
@@ -198,7 +232,7 @@ AWKWARD = {
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("change", AWKWARD.values(), ids=AWKWARD)
-@pytest.mark.parametrize("spec", [QUARTZ, UNSIGNED, SPECS[5]], ids=LayerSpec.describe)
+@pytest.mark.parametrize("spec", [QUARTZ, UNSIGNED, SPECS[5], LayerSpec(WEIGHTS[0], MULTIPLES[-3])], ids=LayerSpec.describe)
 def test_awkward_values(change, spec):
     for name in ("linear", "conv 3x3"):
         packed, inputs = make(name, spec)

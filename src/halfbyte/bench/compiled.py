@@ -77,12 +77,14 @@ class Kernel:
 
 
 def specs() -> tuple[list[WeightSpec], list[ActivationSpec]]:
-    """One of every packable grid, with and without its shifts."""
+    """One of every packable grid, with and without its shifts; and inputs with multiples."""
     packable = [grid for grid in GRIDS.values() if not grid.simulated_only]
     shifts = {grid.name: sorted({0, grid.largest_shift}) for grid in packable}
     weights = [WeightSpec(grid.name, max_shift=shift) for grid in packable if grid.signed for shift in shifts[grid.name]]
     inputs = [ActivationSpec(grid.name, max_shift=s, zero_point=not grid.signed) for grid in packable for s in shifts[grid.name]]
-    return weights, inputs
+    multiples = [("e2m1", 10), ("ue1m3", 16), ("lzs4", 16), ("ue2m2", 9)]
+    multiplied = [ActivationSpec(name, max_multiple=most, zero_point=name.startswith("u")) for name, most in multiples]
+    return weights, multiplied + inputs
 
 
 def compile_kernels(name: str, every: bool = False, progress: Callable[[str], None] | None = None) -> list[Kernel]:
@@ -137,7 +139,7 @@ def _calls(every: bool) -> Iterator[tuple[str, Callable[[], object], bool]]:
 
 def _input(spec: ActivationSpec) -> tuple[Any, ...]:
     numbers = gpu.input_numbers(spec)
-    return (*numbers[:3], bool(numbers[3]), *numbers[4:7], bool(numbers[7]))
+    return (*numbers[:3], bool(numbers[3]), *numbers[4:7], bool(numbers[7]), *numbers[8:])
 
 
 def _packed(spec: WeightSpec, outputs: int, count: int) -> launches.Weights:
@@ -195,7 +197,7 @@ def _examined(kernel: Any, target: str, options: dict[str, Any]) -> Kernel:
     blocks = "x".join(str(options[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK") if key in options)
     grids = [
         f"{key.lower()}={options[key]}"
-        for key in ("BITS", "TABLE", "SUBGROUP", "SIGNED", "TOP", "MAX_SHIFT", "IMAGES")
+        for key in ("BITS", "TABLE", "SUBGROUP", "SIGNED", "TOP", "MAX_SHIFT", "MAX_MULTIPLE", "IMAGES")
         if key in options
     ]
     return Kernel(

@@ -22,7 +22,7 @@ FLOAT_INPUT = "its input stays in float"
 class Plan(Geometry):
     """How the engine runs one layer."""
 
-    format: tuple[int, ...]  # of the input: grid code, max_shift, subgroup, top, truncate
+    format: tuple[int, ...]  # of the input: grid code, max_shift, subgroup, top, truncate, max_multiple
 
 
 def hindrance_of(spec: LayerSpec) -> str | None:
@@ -38,8 +38,6 @@ def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
         return "the C++ engine has no transposed convolutions"
     if spec.activation is None:
         return FLOAT_INPUT
-    if spec.activation.max_multiple:
-        return "the C++ engine has no multiples yet"
     if matrix_shape(layer)[1] > engine.longest_k():
         return f"its dot products are longer than {engine.longest_k()}"
     found = geometry_of(layer)
@@ -47,7 +45,8 @@ def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
 
 
 def _input_format(spec: ActivationSpec) -> tuple[int, ...]:
-    return engine.grid_code(get_grid(spec.grid).name), spec.max_shift, spec.subgroup, spec.top, int(spec.rounding == "truncate")
+    code, truncate = engine.grid_code(get_grid(spec.grid).name), int(spec.rounding == "truncate")
+    return code, spec.max_shift, spec.subgroup, spec.top, truncate, spec.max_multiple
 
 
 def make_tiles(layer: Any) -> Tensor:

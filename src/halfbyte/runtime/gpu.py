@@ -26,7 +26,7 @@ from halfbyte.runtime.engine import DTYPES, LIBRARY
 from halfbyte.runtime.geometry import Geometry, geometry_of, output_size
 
 INTERPRET = "TRITON_INTERPRET"
-INPUT_NUMBERS = 8  # of `Plan.grids`: what the input's grid takes; the rest is the weight's
+INPUT_NUMBERS = 9  # of `Plan.grids`: what the input's grid takes; the rest is the weight's
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,8 @@ def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
         return "the GPU engine has no transposed convolutions"
     if spec.activation is None:
         return "its input stays in float"
-    if spec.activation.max_multiple:
-        return "the GPU engine has no multiples yet"
-    odd = [one.subgroup for one in (spec.weight, spec.activation) if one.max_shift and one.subgroup & (one.subgroup - 1)]
-    odd += [one.subgroup for one in (spec.weight, spec.activation) if one.max_shift and not 2 <= one.subgroup <= 1024]
+    subgroups = [spec.weight.subgroup] * bool(spec.weight.max_shift) + [spec.activation.subgroup] * spec.activation.two_stage
+    odd = [one for one in subgroups if one & (one - 1) or not 2 <= one <= 1024]
     if odd:
         return f"the GPU engine takes subgroups of 2, 4, 8 to 1024, not {odd[0]}"
     found = geometry_of(layer)
@@ -81,8 +79,8 @@ def input_numbers(spec: ActivationSpec) -> tuple[int, ...]:
     """How an input is rounded, as the operators take it: the fields of launches.InputGrid."""
     grid = get_grid(spec.grid)
     mantissa = -1 if grid.contiguous else grid.mantissa_bits or 0
-    shifts = (spec.max_shift, spec.subgroup if spec.max_shift else 1, int(spec.rounding == "truncate"))
-    return grid.bottom, grid.top, mantissa, int(grid.signed), spec.top, *shifts
+    steps = (spec.max_shift, spec.subgroup if spec.two_stage else 1, int(spec.rounding == "truncate"), spec.max_multiple)
+    return grid.bottom, grid.top, mantissa, int(grid.signed), spec.top, *steps
 
 
 def weight_numbers(spec: WeightSpec) -> tuple[int, ...]:
@@ -123,7 +121,7 @@ LIBRARY.define(f"triton_conv2d(Tensor x, int[] sizes, bool channels_last, {_WEIG
 
 def _grids(numbers: Sequence[int]) -> tuple[Any, Any]:
     signed, truncate = bool(numbers[3]), bool(numbers[7])
-    given = (*numbers[:3], signed, *numbers[4:7], truncate)
+    given = (*numbers[:3], signed, *numbers[4:7], truncate, *numbers[8:INPUT_NUMBERS])
     return kernels().InputGrid(*given), kernels().WeightGrid(*numbers[INPUT_NUMBERS:])
 
 

@@ -37,8 +37,9 @@ class InputGrid:
     signed: bool
     largest: int  # integer the largest magnitude maps to
     max_shift: int
-    subgroup: int  # 1 where there are no shifts
+    subgroup: int  # 1 where values are rounded once
     truncate: bool
+    max_multiple: int
 
     def constants(self) -> dict[str, Any]:
         return {
@@ -50,6 +51,7 @@ class InputGrid:
             "MAX_SHIFT": self.max_shift,
             "SUBGROUP": self.subgroup,
             "TRUNCATE": self.truncate,
+            "MAX_MULTIPLE": self.max_multiple,
         }
 
 

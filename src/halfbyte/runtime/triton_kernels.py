@@ -24,6 +24,7 @@ COUNTING: tl.constexpr = tl.constexpr(0x0706050403020100)  # the table of the ma
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # the smallest scale whose reciprocal is finite
 INFINITE: tl.constexpr = tl.constexpr(0x7F800000)  # bits of float32 infinity; NaN is above
 HALVES: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves float32 no room for fractions
+TWELVE_PLACES: tl.constexpr = tl.constexpr(3072.0)  # 1.5 * 2**11: adding it leaves room for 12 binary places
 
 
 @triton.jit
@@ -55,9 +56,49 @@ def _shifted(units, shift, BOTTOM: tl.constexpr, TOP: tl.constexpr, MANTISSA: tl
 
 
 @triton.jit
+def _multiplied(whole, multiple, BOTTOM: tl.constexpr, TOP: tl.constexpr, MANTISSA: tl.constexpr):
+    """Whole numbers to levels times a multiple of at most 16.
+
+    A quotient by way of a reciprocal is a few units of its last place off, which a tie must not be. Ties lie at halves, all other
+    quotients 1/32 and more from them: to 12 binary places ties are exact, and nothing crosses one.
+    """
+    quotient = whole * tl.div_rn(tl.full(multiple.shape, 1.0, tl.float32), multiple)
+    return _nearest((quotient + TWELVE_PLACES) - TWELVE_PLACES, BOTTOM, TOP, MANTISSA) * multiple
+
+
+@triton.jit
+def _better(whole, levels, others):
+    """Of two roundings of subgroups (m, g, s), the first unless the other's squared error is less."""
+    worse = tl.sum((levels - whole) * (levels - whole), 2, keep_dims=True)
+    return tl.where(tl.sum((others - whole) * (others - whole), 2, keep_dims=True) < worse, others, levels)
+
+
+@triton.jit
+def _round_subgroups(
+    whole, BOTTOM: tl.constexpr, TOP: tl.constexpr, MANTISSA: tl.constexpr,
+    MAX_SHIFT: tl.constexpr, TRUNCATE: tl.constexpr, MAX_MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    """`quantizers.round_with_shifts` or `round_with_multiples` of whole numbers (m, g, s)."""
+    widest = tl.max(tl.abs(whole), 2, keep_dims=True)
+    top = tl.full(widest.shape, TOP, tl.float32)
+    if MAX_MULTIPLE > 0:
+        reaching = tl.minimum(tl.maximum(tl.ceil(tl.div_rn(widest, top)), 1.0), MAX_MULTIPLE)
+        levels = _multiplied(whole, reaching, BOTTOM, TOP, MANTISSA)
+        return _better(whole, levels, _multiplied(whole, tl.maximum(reaching - 1.0, 1.0), BOTTOM, TOP, MANTISSA))
+    length = ((widest.to(tl.int32, bitcast=True) >> 23) & 255) - 126  # of the integer, in bits
+    flag = tl.minimum(tl.maximum(length - (((top.to(tl.int32, bitcast=True) >> 23) & 255) - 126), 0), MAX_SHIFT)
+    if TRUNCATE:
+        magnitude = tl.minimum(tl.floor(tl.abs(whole) * _power(-flag)), TOP) * _power(flag)
+        return tl.where(whole < 0, -magnitude, magnitude)
+    more = tl.minimum(flag + 1, MAX_SHIFT)
+    low, high = _shifted(whole, flag, BOTTOM, TOP, MANTISSA), _shifted(whole, more, BOTTOM, TOP, MANTISSA)
+    return _better(whole, low, high)
+
+
+@triton.jit
 def _encode(
     values, counted, scale, zero, BOTTOM: tl.constexpr, TOP: tl.constexpr, MANTISSA: tl.constexpr, SIGNED: tl.constexpr,
-    LARGEST: tl.constexpr, MAX_SHIFT: tl.constexpr, SUBGROUP: tl.constexpr, TRUNCATE: tl.constexpr,
+    LARGEST: tl.constexpr, MAX_SHIFT: tl.constexpr, SUBGROUP: tl.constexpr, TRUNCATE: tl.constexpr, MAX_MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """`quantizers._quantize_rows`: float32 (m, c) to the integers that are stored, float32; scale and zero (m, 1) or (1, 1).
 
@@ -67,24 +108,13 @@ def _encode(
     units = tl.where((units.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < INFINITE, units, 0.0)
     if not SIGNED:
         units = tl.where(counted, units + zero, 0.0)
-    if MAX_SHIFT == 0:
+    if MAX_SHIFT + MAX_MULTIPLE == 0:
         levels = _nearest(units, BOTTOM, TOP, MANTISSA)
     else:
         ROWS: tl.constexpr = values.shape[0]
         COLUMNS: tl.constexpr = values.shape[1]
         whole = tl.reshape(_nearest(units, -LARGEST if SIGNED else 0, LARGEST, -1), (ROWS, COLUMNS // SUBGROUP, SUBGROUP))
-        widest = tl.max(tl.abs(whole), 2, keep_dims=True)
-        length = ((widest.to(tl.int32, bitcast=True) >> 23) & 255) - 126  # of the integer, in bits
-        top = tl.full(widest.shape, TOP, tl.float32)
-        flag = tl.minimum(tl.maximum(length - (((top.to(tl.int32, bitcast=True) >> 23) & 255) - 126), 0), MAX_SHIFT)
-        if TRUNCATE:
-            magnitude = tl.minimum(tl.floor(tl.abs(whole) * _power(-flag)), TOP) * _power(flag)
-            levels = tl.where(whole < 0, -magnitude, magnitude)
-        else:
-            more = tl.minimum(flag + 1, MAX_SHIFT)
-            low, high = _shifted(whole, flag, BOTTOM, TOP, MANTISSA), _shifted(whole, more, BOTTOM, TOP, MANTISSA)
-            worse = tl.sum((low - whole) * (low - whole), 2, keep_dims=True)
-            levels = tl.where(tl.sum((high - whole) * (high - whole), 2, keep_dims=True) < worse, high, low)
+        levels = _round_subgroups(whole, BOTTOM, TOP, MANTISSA, MAX_SHIFT, TRUNCATE, MAX_MULTIPLE)
         levels = tl.reshape(levels, (ROWS, COLUMNS))
     return levels if SIGNED else levels - 128
 
@@ -150,7 +180,7 @@ def quantize_kernel(
     IMAGES: tl.constexpr, FIXED: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, EVEN_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, MANTISSA: tl.constexpr, SIGNED: tl.constexpr, LARGEST: tl.constexpr,
-    MAX_SHIFT: tl.constexpr, SUBGROUP: tl.constexpr, TRUNCATE: tl.constexpr,
+    MAX_SHIFT: tl.constexpr, SUBGROUP: tl.constexpr, TRUNCATE: tl.constexpr, MAX_MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """Scale, zero point and stored integers of a token, or of BLOCK_M pixels of an image and of the padding around it.
 
@@ -184,20 +214,23 @@ def quantize_kernel(
     one = tl.zeros((1, 1), tl.int32)
     tl.store(scales + image + one, scale, mask=block + one == 0)
     tl.store(zeros + image + one, zero.to(tl.int32), mask=block + one == 0)
-    there, border = pixel < stored_height * stored_width, tl.zeros((1, 1), tl.float32)
-    if not SIGNED:
-        border = zero - 128  # on the grid or not
+    there = pixel < stored_height * stored_width
+    border = tl.zeros((1, 1), tl.float32) if SIGNED else zero - 128  # on the grid or not
     if WHOLE:
         if IMAGES:
             values = tl.load(source + at, mask=inside & (at < channels), other=0.0).to(tl.float32)
-        levels = _encode(values, at < channels, scale, zero, BOTTOM, TOP, MANTISSA, SIGNED, LARGEST, MAX_SHIFT, SUBGROUP, TRUNCATE)
+        levels = _encode(
+            values, at < channels, scale, zero, BOTTOM, TOP, MANTISSA, SIGNED, LARGEST, MAX_SHIFT, SUBGROUP, TRUNCATE, MAX_MULTIPLE
+        )
         levels = _reorder(tl.where(inside, levels, border).to(tl.int8), EVEN_FIRST)
         tl.store(target + at, levels, mask=there & (at < channels))
     else:
         for start in range(0, channels, BLOCK_C):
             values = tl.load(source + start + at, mask=inside & (start + at < channels), other=0.0).to(tl.float32)
             counted = start + at < channels
-            levels = _encode(values, counted, scale, zero, BOTTOM, TOP, MANTISSA, SIGNED, LARGEST, MAX_SHIFT, SUBGROUP, TRUNCATE)
+            levels = _encode(
+                values, counted, scale, zero, BOTTOM, TOP, MANTISSA, SIGNED, LARGEST, MAX_SHIFT, SUBGROUP, TRUNCATE, MAX_MULTIPLE
+            )
             levels = _reorder(tl.where(inside, levels, border).to(tl.int8), EVEN_FIRST)
             tl.store(target + start + at, levels, mask=there & (start + at < channels))
 
