@@ -174,7 +174,7 @@ def test_to_meta_and_back():
 def test_operators_on_meta_tensors_tell_shapes():
     x = torch.empty(2, 3, 70, device="meta", dtype=torch.bfloat16)
     scale = torch.empty(36, 1, device="meta")
-    y = torch.ops.halfbyte.linear(x, scale, scale, None, [1, 4, 16, 112, 0])
+    y = torch.ops.halfbyte.linear(x, scale, scale, None, [1, 4, 16, 112, 0, 0])
     assert (y.shape, y.dtype, y.device.type) == ((2, 3, 36), torch.bfloat16, "meta")
 
 
@@ -233,11 +233,11 @@ def test_threads_change_nothing():
 OPERATORS = {
     "linear": lambda tiles, scale: (
         torch.ops.halfbyte.linear.default,
-        (torch.randn(3, 70), tiles, scale, torch.ones(36), [1, 4, 16, 112, 0]),
+        (torch.randn(3, 70), tiles, scale, torch.ones(36), [1, 4, 16, 112, 0, 0]),
     ),
     "bf16": lambda tiles, scale: (
         torch.ops.halfbyte.linear.default,
-        (torch.randn(2, 2, 70).bfloat16(), tiles, scale, None, [8, 0, 16, 127, 0]),
+        (torch.randn(2, 2, 70).bfloat16(), tiles, scale, None, [8, 0, 16, 127, 0, 0]),
     ),
 }
 
