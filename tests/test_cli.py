@@ -57,12 +57,12 @@ def test_quantize_info_sample_and_a_new_process_agree(monkeypatch, capsys, pipe,
     assert "0 kept in float" in out
     assert "time_embedding.linear_1" in out
     code, out, _ = run(monkeypatch, capsys, "info", tmp_path / "out")
-    assert "recipe quartz-w4a4: 51 packed layers" in out
+    assert "recipe halfbyte-w4a4: 51 packed layers" in out
     code, out, _ = run(monkeypatch, capsys, "sample", tmp_path / "out", "-n", 4, "--steps", 2, "-o", tmp_path / "grid.png")
     assert code == 0
     with Image.open(tmp_path / "grid.png") as picture:
         assert min(picture.size) > 16
-    hb.quantize(pipe, "quartz-w4a4")
+    hb.quantize(pipe, "halfbyte-w4a4")
     options = "generator=torch.Generator().manual_seed(3), batch_size=2, num_inference_steps=2, output_type='np'"
     here = pipe(generator=torch.Generator().manual_seed(3), batch_size=2, num_inference_steps=2, output_type="np").images
     script = (
@@ -77,7 +77,7 @@ def test_calibrated_recipes_from_the_command_line(monkeypatch, capsys, model, tm
     options = ("--gptq", "--smooth", 0.5, "--calibrate", 2, "--steps", 2)
     code, _, err = run(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "out", *options)
     assert code == 0, err
-    assert "quartz-w4a4+gptq+smooth0.5" in run(monkeypatch, capsys, "info", tmp_path / "out")[1]
+    assert "halfbyte-w4a4+gptq+smooth0.5" in run(monkeypatch, capsys, "info", tmp_path / "out")[1]
 
 
 def test_adaround_from_the_command_line(monkeypatch, capsys, model, tmp_path):
@@ -192,9 +192,9 @@ def test_eval_report_and_table_agree(monkeypatch, capsys, model, tmp_path):
     options = ("-n", 3, "--steps", 2, "--batch-size", 2)
     code, out, err = run(monkeypatch, capsys, "eval", "out", "--against", "model", "-o", "results.json", *options)
     assert code == 0, err
-    assert "quartz-w4a4" in out
+    assert "halfbyte-w4a4" in out
     card = Path("out", "README.md").read_text()
-    assert "| `quartz-w4a4` |" in card
+    assert "| `halfbyte-w4a4` |" in card
     assert "3 images, 2 steps of DDIMScheduler, seed 0" in card
     assert Path("results.html").exists()
     table = "{model: model, title: model, images: 3, steps: 2, batch: 2, runs: [int4-w4a4]}"

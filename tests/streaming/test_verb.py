@@ -362,7 +362,7 @@ def test_old_names_are_left_to_diffusers(pipe, tmp_path, monkeypatch, capsys):
             cli.main()
         assert (stop.value.code or 0) == code
     assert "quantizing in memory" in capsys.readouterr().out
-    hb.quantize(pipe, "quartz-w4a4")
+    hb.quantize(pipe, "halfbyte-w4a4")
     loaded = hb.load(tmp_path / "out").unet
     expected = pipe.unet.state_dict()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
