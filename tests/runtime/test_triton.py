@@ -121,7 +121,7 @@ def test_the_backend_is_chosen():
 
 @pytest.mark.parametrize("spec", SPECS, ids=LayerSpec.describe)
 def test_every_grid_on_a_linear_layer(spec):
-    for name in ("linear", "linear even"):
+    for name in ("linear", "linear even", "linear one"):
         packed, inputs = make(name, spec)
         for x in inputs[:2]:
             check(packed, x)

@@ -16,7 +16,7 @@ from halfbyte.evidence.tools import DEMO
 from halfbyte.report.pictures import grid_png
 from halfbyte.report.schema import Results
 
-RECIPES = ("int8-w8a8", "int4-w4a4", "quartz-w4a4", "msfp-w4a4", "quartz-w4a8")
+RECIPES = ("int8-w8a8", "int4-w4a4", "quartz-w4a4", "msfp-w4a4", "halfbyte-w4a4")
 TITLE = "halfbyte demo: a DDPM UNet of Fashion-MNIST, 4.3 M parameters"
 CALIBRATION = 8  # images sampled for recipes that need calibration
 STRIP = 16  # images of each run in the one picture that shows all runs below each other

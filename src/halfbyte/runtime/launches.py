@@ -126,7 +126,7 @@ def quantize(
         kernels.range_kernel[(count, chunks)](
             x, ranges, height * width, channels, CHUNKS=chunks, BLOCK=RANGE_BLOCK, num_warps=8, **EXACT
         )
-    block_c = max(32, min(8192, power_of_two(channels)))
+    block_c = max(32, grid.subgroup, min(8192, power_of_two(channels)))
     block_m = max(1, 4096 // block_c) if images else 1
     blocks = blocks_of(shape[1] * shape[2], block_m)
     scale, zero = fixed
