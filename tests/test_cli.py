@@ -1,5 +1,6 @@
 """The command line: round trips, and one sentence for every mistake."""
 
+import inspect
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from PIL import Image
 
 import halfbyte as hb
 from halfbyte import cli
-from halfbyte.presets import get_recipe
+from halfbyte.presets import DEFAULT, get_recipe
 from halfbyte.recipe import Reconstruction
 from halfbyte.runtime.backends import describe
 
@@ -49,6 +50,12 @@ def test_every_command_helps_with_an_example(monkeypatch, capsys):
         assert code in (0, None)
         assert f"halfbyte {command}" in out
         assert "Example" in out
+
+
+def test_one_default_recipe_everywhere():
+    """The command line has it as text: importing the presets would make every --help wait for torch."""
+    for verb in (cli.quantize, hb.quantize, hb.quantize_folder, hb.HalfbyteConfig):
+        assert inspect.signature(verb).parameters["recipe"].default == DEFAULT
 
 
 def test_quantize_info_sample_and_a_new_process_agree(monkeypatch, capsys, pipe, model, tmp_path):
