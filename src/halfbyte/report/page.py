@@ -24,8 +24,8 @@ FOUR_BITS = 6.0  # stored bits a weight below which a recipe counts as 4-bit: sh
 PIXELS_BELOW = 800  # width of a picture that the page enlarges, and so shows pixel by pixel; larger ones are smoothed
 FORMATS = (  # how to read what `LayerSpec.describe` says
     "int4 and int8 are integers; lzs4 is int4 without -8; e2m1 and its like are floats of so many exponent and mantissa bits, "
-    "unsigned with a u before. <<4/16: every 16 neighbours share a shift of 0 to 4 bits; g64: every 64 share a scale; cut: low "
-    "bits are dropped, not rounded; static, timestep: calibrated scales."
+    "unsigned with a u before. <<4/16: every 16 neighbours share a shift of 0 to 4 bits; *10/16: a factor of 1 to 10; g64: "
+    "every 64 share a scale; cut: low bits are dropped, not rounded; static, timestep: calibrated scales."
 )
 SCRIPT = Path(__file__).with_name("templates") / "slider.js"
 
