@@ -1,8 +1,8 @@
 // AVX2 without VNNI: the micro-kernels. vpmaddubsw multiplies bytes u8 x s8 and adds neighbours in 16 bits, with saturation, so:
 //
 // - Levels of a 4-bit table before their shift are at most 16 in magnitude: four such sums, a sixteenth of 16 along K, stay below
-//   4 * 2 * 255 * 16 = 32640 and cannot saturate. One vpmaddwd then applies the weights' shifts, as factors 2**shift, and widens. A
-//   panel of this "narrow" kind holds, for every 16 along K, 4 quads of unshifted levels and a row of factors.
+//   4 * 2 * 255 * 16 = 32640 and cannot saturate. One vpmaddwd then applies the weights' multipliers and widens. A panel of this
+//   "narrow" kind holds, for every 16 along K, 4 quads of levels and a row of multipliers.
 // - Other weights (int8, e3m0) take the wide way: bytes to 16 bits first, twice the instructions.
 #include "avx2.h"
 
@@ -15,7 +15,7 @@
 namespace halfbyte {
 namespace {
 
-constexpr int narrow_sixteenth = 4 * 64 + 64;  // bytes: quads, factors
+constexpr int narrow_sixteenth = 4 * 64 + 64;  // bytes: quads, multipliers
 
 static inline __m256i four_of_a_row(const uint8_t* bytes) {
   int32_t four;
@@ -41,11 +41,15 @@ struct Decoder {
   }
 };
 
-// Shifts of 8 channels in 32-bit lanes.
-static inline __m256i shifts_of(const uint8_t* shifts, int64_t sixteenth, int half) {
-  const __m256i pairs =
-      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(shifts + sixteenth / 2 * 16 + half * 8)));
-  return sixteenth % 2 ? _mm256_srli_epi32(pairs, 4) : _mm256_and_si256(pairs, _mm256_set1_epi32(15));
+// Multipliers of 8 channels in 16 bits, twice each.
+static inline __m256i multipliers_of(const Nibbles& from, int64_t sixteenth, int half) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  if (!from.multipliers) return ones;
+  const __m128i own = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from.multipliers + sixteenth / 2 * 16 + half * 8));
+  const __m256i pairs = _mm256_cvtepu8_epi32(own);
+  const __m256i nibbles = sixteenth % 2 ? _mm256_srli_epi32(pairs, 4) : _mm256_and_si256(pairs, _mm256_set1_epi32(15));
+  if (!from.multiples) return _mm256_sllv_epi32(ones, nibbles);
+  return _mm256_add_epi16(_mm256_or_si256(nibbles, _mm256_slli_epi32(nibbles, 16)), ones);
 }
 
 void decode_narrow(const Nibbles& from, uint8_t* panel) {
@@ -54,8 +58,7 @@ void decode_narrow(const Nibbles& from, uint8_t* panel) {
     const uint8_t* codes = from.codes + i * 128;
     for (int half = 0; half < 2; half++) {
       for (int q = 0; q < 4; q++) store(panel + q * 64 + half * 32, decoder(codes + q / 2 * 64 + half * 32, q % 2));
-      const __m256i shift = from.shifts ? shifts_of(from.shifts, i, half) : _mm256_setzero_si256();
-      store(panel + 256 + half * 32, _mm256_sllv_epi32(_mm256_set1_epi32(0x00010001), shift));
+      store(panel + 256 + half * 32, multipliers_of(from, i, half));
     }
   }
 }
@@ -143,17 +146,16 @@ void any_wide(const uint8_t* const* row, int count, const Walk& walk, const uint
 
 }  // namespace
 
-// In a 32-bit lane all four bytes share a channel and so a shift: shift the lane, then drop what crossed from byte to byte.
+// The low bytes of products in 16 bits: those of even bytes as they are, those of odd bytes with the even ones out of their way.
 void avx2_decode(const Nibbles& from, uint8_t* panel) {
   const Decoder decoder(*from.grid);
   for (int64_t i = 0; i < from.chunks * 4; i++, panel += 256)
     for (int half = 0; half < 2; half++) {
-      const __m256i shift = from.shifts ? shifts_of(from.shifts, i, half) : _mm256_setzero_si256();
-      const __m256i spilled =
-          _mm256_sub_epi32(_mm256_sllv_epi32(_mm256_set1_epi32(0x01010101), shift), _mm256_set1_epi32(0x01010101));
+      const __m256i own = multipliers_of(from, i, half), even = _mm256_set1_epi16(255);
       for (int q = 0; q < 4; q++) {
         const __m256i levels = decoder(from.codes + i * 128 + q / 2 * 64 + half * 32, q % 2);
-        store(panel + q * 64 + half * 32, _mm256_andnot_si256(spilled, _mm256_sllv_epi32(levels, shift)));
+        const __m256i low = _mm256_and_si256(_mm256_mullo_epi16(levels, own), even);
+        store(panel + q * 64 + half * 32, _mm256_or_si256(low, _mm256_mullo_epi16(_mm256_andnot_si256(even, levels), own)));
       }
     }
 }

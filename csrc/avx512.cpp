@@ -69,14 +69,18 @@ struct Decoder {
   }
 };
 
-// The shifts of 16 channels as left shifts of 32-bit lanes, and the bits that stay in each byte.
+// The nibbles of 16 channels in 32-bit lanes.
+static inline __m512i nibbles_of(const uint8_t* multipliers, int64_t sixteenth) {
+  const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(multipliers + sixteenth / 2 * 16));
+  const __m512i wide = _mm512_cvtepu8_epi32(pairs);
+  return sixteenth % 2 ? _mm512_srli_epi32(wide, 4) : _mm512_and_si512(wide, _mm512_set1_epi32(15));
+}
+
+// Shifts of 16 channels as left shifts of 32-bit lanes, and the bits that stay in each byte.
 struct Shift {
   __m512i count, kept;
 
-  Shift(const uint8_t* shifts, int sixteenth) {
-    const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(shifts + sixteenth / 2 * 16));
-    const __m512i wide = _mm512_cvtepu8_epi32(pairs);
-    count = sixteenth % 2 ? _mm512_srli_epi32(wide, 4) : _mm512_and_si512(wide, _mm512_set1_epi32(15));
+  Shift(const uint8_t* multipliers, int64_t sixteenth) : count(nibbles_of(multipliers, sixteenth)) {
     const __m128i masks = _mm_setr_epi8(-1, -2, -4, -8, -16, -32, -64, -128, 0, 0, 0, 0, 0, 0, 0, 0);  // 0xff << shift
     const __m512i spread =
         _mm512_shuffle_epi8(count, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
@@ -85,7 +89,27 @@ struct Shift {
   __m512i operator()(__m512i levels) const { return _mm512_and_si512(_mm512_sllv_epi32(levels, count), kept); }
 };
 
-void decode(const Nibbles& from, uint8_t* panel) {
+// Multiples of 16 channels. Products of even bytes and of odd ones apart, in 16 bits: their low bytes are those of the whole.
+struct Multiple {
+  __m512i own;
+
+  Multiple(const uint8_t* multipliers, int64_t sixteenth) {
+    const __m512i less = nibbles_of(multipliers, sixteenth);
+    own = _mm512_add_epi16(_mm512_or_si512(less, _mm512_slli_epi32(less, 16)), _mm512_set1_epi16(1));
+  }
+  __m512i operator()(__m512i levels) const {
+    const __m512i odd = _mm512_mullo_epi16(_mm512_andnot_si512(_mm512_set1_epi16(255), levels), own);
+    return _mm512_mask_mov_epi8(odd, 0x5555555555555555, _mm512_mullo_epi16(levels, own));
+  }
+};
+
+struct One {
+  One(const uint8_t*, int64_t) {}
+  __m512i operator()(__m512i levels) const { return levels; }
+};
+
+template <typename Multiplier>
+void decode_as(const Nibbles& from, uint8_t* panel) {
   const Decoder decoder(*from.grid);
   for (int64_t i = 0; i < from.chunks; i++) {
     const uint8_t* codes = from.codes + i * (panel_chunk / 2);
@@ -93,24 +117,25 @@ void decode(const Nibbles& from, uint8_t* panel) {
       __m512i quad[4];
       decoder.split(codes, &quad[0], &quad[1]);
       decoder.split(codes + 64, &quad[2], &quad[3]);
-      if (from.shifts) {
-        const Shift shift(from.shifts + i * shift_chunk, sixteenth);
-        for (__m512i& levels : quad) levels = shift(levels);
-      }
-      for (int q = 0; q < 4; q++) _mm512_storeu_si512(panel + q * 64, quad[q]);
+      const Multiplier times(from.multipliers, i * 4 + sixteenth);
+      for (int q = 0; q < 4; q++) _mm512_storeu_si512(panel + q * 64, times(quad[q]));
     }
   }
 }
 
+void decode(const Nibbles& from, uint8_t* panel) {
+  (!from.multipliers ? decode_as<One> : from.multiples ? decode_as<Multiple> : decode_as<Shift>)(from, panel);
+}
+
 // ---- few rows: bound by reading the weights, decoded in registers -----------------------------------------------------------
 
-template <int R, bool Shifted>
+template <int R, typename Multiplier>
 void thin_block(const uint8_t* const* row, const Walk& walk, const Nibbles& from, int32_t* sums, int stride) {
   const Decoder decoder(*from.grid);
   __m512i sum[R][2];
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
-  const uint8_t *codes = from.codes, *shifts = from.shifts;
-  for (int64_t i = 0; i < from.chunks; i++, shifts += shift_chunk) {
+  const uint8_t* codes = from.codes;
+  for (int64_t i = 0; i < from.chunks; i++) {
     const int64_t offset = walk.offsets[i];
     for (int sixteenth = 0; sixteenth < 4; sixteenth++, codes += 128) {
       __m512i quad[4];
@@ -118,10 +143,8 @@ void thin_block(const uint8_t* const* row, const Walk& walk, const Nibbles& from
       decoder.split(codes + 64, &quad[2], &quad[3]);
       _mm_prefetch(reinterpret_cast<const char*>(codes + 2048), _MM_HINT_T0);
       _mm_prefetch(reinterpret_cast<const char*>(codes + 2048 + 64), _MM_HINT_T0);
-      if (Shifted) {
-        const Shift shift(shifts, sixteenth);
-        for (__m512i& levels : quad) levels = shift(levels);
-      }
+      const Multiplier times(from.multipliers, i * 4 + sixteenth);
+      for (__m512i& levels : quad) levels = times(levels);
       for (int r = 0; r < R; r++)
         for (int q = 0; q < 4; q++)
           sum[r][q % 2] = _mm512_dpbusd_epi32(sum[r][q % 2], four_of_a_row(row[r] + offset + sixteenth * 16 + q * 4), quad[q]);
@@ -132,18 +155,18 @@ void thin_block(const uint8_t* const* row, const Walk& walk, const Nibbles& from
 
 using Thin = void (*)(const uint8_t* const*, const Walk&, const Nibbles&, int32_t*, int);
 
-template <bool S>
-constexpr Thin thins[tile_rows] = {thin_block<1, S>, thin_block<2, S>,  thin_block<3, S>,  thin_block<4, S>,
-                                   thin_block<5, S>, thin_block<6, S>,  thin_block<7, S>,  thin_block<8, S>,
-                                   thin_block<9, S>, thin_block<10, S>, thin_block<11, S>, thin_block<12, S>};
+template <typename M>
+constexpr Thin thins[tile_rows] = {thin_block<1, M>, thin_block<2, M>,  thin_block<3, M>,  thin_block<4, M>,
+                                   thin_block<5, M>, thin_block<6, M>,  thin_block<7, M>,  thin_block<8, M>,
+                                   thin_block<9, M>, thin_block<10, M>, thin_block<11, M>, thin_block<12, M>};
 
 void thin(const uint8_t* const* row, int count, const Walk& walk, const Nibbles& from, int blocks, int32_t* sums) {
-  const auto* table = from.shifts ? thins<true> : thins<false>;
+  const auto* table = !from.multipliers ? thins<One> : from.multiples ? thins<Multiple> : thins<Shift>;
   Nibbles one = from;
   for (int b = 0; b < blocks; b++, sums += block_channels) {
     table[count - 1](row, walk, one, sums, tile_blocks * block_channels);
     one.codes += from.chunks * (panel_chunk / 2);
-    if (one.shifts) one.shifts += from.chunks * shift_chunk;
+    if (one.multipliers) one.multipliers += from.chunks * multiplier_chunk;
   }
 }
 

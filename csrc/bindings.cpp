@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "floats.h"
+#include "grids.h"
 
 namespace nb = nanobind;
 namespace hb = halfbyte;
@@ -51,8 +52,16 @@ hb::Layer layer_of(const Sizes& sizes) {
   return layer;
 }
 
-hb::WeightFormat weight_format(const std::string& grid, int max_shift, int subgroup) {
-  return {hb::grid_of(grid), max_shift, subgroup};
+// grid (a value of hb::Grid), max_shift, subgroup, max_multiple
+using WeightArguments = std::array<int64_t, 4>;
+
+hb::Grid grid_at(int64_t code) {
+  require(0 <= code && code <= static_cast<int64_t>(hb::Grid::uint8), sentence("grid code ", code, " is none"));
+  return static_cast<hb::Grid>(code);
+}
+
+hb::WeightFormat weight_format(const WeightArguments& given) {
+  return {grid_at(given[0]), static_cast<int>(given[1]), static_cast<int>(given[2]), static_cast<int>(given[3])};
 }
 
 hb::Dtype dtype_of(int code) {
@@ -65,8 +74,8 @@ size_t bytes_of_codes(const hb::Layer& layer, const hb::WeightFormat& format) {
   return static_cast<size_t>(layer.outputs) * (format.grid == hb::Grid::int8 ? k : (k + 1) / 2);
 }
 
-size_t bytes_of_shifts(const hb::Layer& layer, const hb::WeightFormat& format) {
-  if (format.max_shift == 0) return 0;
+size_t bytes_of_multipliers(const hb::Layer& layer, const hb::WeightFormat& format) {
+  if (!hb::has_multipliers(format)) return 0;
   const size_t groups = (static_cast<size_t>(hb::contraction(layer)) + format.subgroup - 1) / format.subgroup;
   return static_cast<size_t>(layer.outputs) * ((groups + 1) / 2);
 }
@@ -75,25 +84,25 @@ void check_bytes(const char* what, size_t found, size_t expected) {
   require(found == expected, sentence("the layer needs ", expected, " bytes of ", what, "; got ", found));
 }
 
-void pack(const Sizes& sizes, const std::string& grid, int max_shift, int subgroup, const Bytes& codes,
-          const std::optional<Bytes>& shifts, const Bytes& packed, int threads) {
+void pack(const Sizes& sizes, const WeightArguments& given, const Bytes& codes,
+          const std::optional<Bytes>& multipliers, const Bytes& packed, int threads) {
   const hb::Layer layer = layer_of(sizes);
-  const hb::WeightFormat format = weight_format(grid, max_shift, subgroup);
+  const hb::WeightFormat format = weight_format(given);
   check_bytes("packed weights", packed.size(), hb::packed_bytes(layer, format));
   check_bytes("codes", codes.size(), bytes_of_codes(layer, format));
-  check_bytes("shifts", shifts ? shifts->size() : 0, bytes_of_shifts(layer, format));
+  check_bytes("multipliers", multipliers ? multipliers->size() : 0, bytes_of_multipliers(layer, format));
   nb::gil_scoped_release unlocked;
-  hb::pack_weights(layer, format, codes.data(), shifts ? shifts->data() : nullptr, packed.data(), threads);
+  hb::pack_weights(layer, format, codes.data(), multipliers ? multipliers->data() : nullptr, packed.data(), threads);
 }
 
-void unpack(const Bytes& packed, const Bytes& codes, const std::optional<Bytes>& shifts) {
+void unpack(const Bytes& packed, const Bytes& codes, const std::optional<Bytes>& multipliers) {
   hb::Layer layer;
   hb::WeightFormat format;
   hb::describe_packed(packed.data(), packed.size(), &layer, &format);
   check_bytes("codes", codes.size(), bytes_of_codes(layer, format));
-  check_bytes("shifts", shifts ? shifts->size() : 0, bytes_of_shifts(layer, format));
+  check_bytes("multipliers", multipliers ? multipliers->size() : 0, bytes_of_multipliers(layer, format));
   nb::gil_scoped_release unlocked;
-  hb::unpack_weights(packed.data(), codes.data(), shifts ? shifts->data() : nullptr);
+  hb::unpack_weights(packed.data(), codes.data(), multipliers ? multipliers->data() : nullptr);
 }
 
 // address, dtype code, images, height, width, channels, image stride, row stride, pixel stride
@@ -109,9 +118,8 @@ hb::Input input_of(const InputArguments& given) {
 }
 
 hb::InputFormat input_format(const FormatArguments& given, std::optional<std::array<double, 2>> fixed) {
-  require(0 <= given[0] && given[0] <= static_cast<int64_t>(hb::Grid::uint8), sentence("grid code ", given[0], " is none"));
   hb::InputFormat format;
-  format.grid = static_cast<hb::Grid>(given[0]);
+  format.grid = grid_at(given[0]);
   format.max_shift = static_cast<int>(given[1]), format.subgroup = static_cast<int>(given[2]);
   format.top = static_cast<int>(given[3]), format.truncate = given[4] != 0;
   format.max_multiple = static_cast<int>(given[5]);
@@ -156,28 +164,29 @@ hb::FloatRows float_rows(const std::array<uint64_t, 4>& weights) {
   return {reinterpret_cast<const void*>(weights[0]), dtype_of(static_cast<int>(weights[1])), static_cast<int64_t>(weights[2]), count, count};
 }
 
-void search_scales(const std::array<uint64_t, 4>& weights, const std::string& grid, int max_shift, int subgroup, const Floats& factors,
+void search_scales(const std::array<uint64_t, 4>& weights, const WeightArguments& given, const Floats& factors,
                    const Floats& scales, int threads) {
   const hb::FloatRows rows = float_rows(weights);
-  const hb::WeightFormat format = weight_format(grid, max_shift, subgroup);
+  const hb::WeightFormat format = weight_format(given);
   require(scales.size() == static_cast<size_t>(rows.rows), sentence("there are ", rows.rows, " rows and ", scales.size(), " scales"));
   nb::gil_scoped_release unlocked;
   hb::search_scales({hb::default_isa(), threads, hb::parallel_for}, rows, format, factors.data(), static_cast<int>(factors.size()),
                     scales.data());
 }
 
-std::pair<double, double> round_weights(const std::array<uint64_t, 4>& weights, const std::string& grid, int max_shift, int subgroup,
-                                        const Floats& scales, const Bytes& codes, const std::optional<Bytes>& shifts, int threads) {
+std::pair<double, double> round_weights(const std::array<uint64_t, 4>& weights, const WeightArguments& given,
+                                        const Floats& scales, const Bytes& codes, const std::optional<Bytes>& multipliers,
+                                        int threads) {
   const hb::FloatRows rows = float_rows(weights);
-  const hb::WeightFormat format = weight_format(grid, max_shift, subgroup);
+  const hb::WeightFormat format = weight_format(given);
   hb::Layer layer;
   layer.inputs = rows.count, layer.outputs = rows.rows;
   check_bytes("codes", codes.size(), bytes_of_codes(layer, format));
-  check_bytes("shifts", shifts ? shifts->size() : 0, bytes_of_shifts(layer, format));
+  check_bytes("multipliers", multipliers ? multipliers->size() : 0, bytes_of_multipliers(layer, format));
   require(scales.size() == static_cast<size_t>(rows.rows), sentence("there are ", rows.rows, " rows and ", scales.size(), " scales"));
   nb::gil_scoped_release unlocked;
   const hb::Energy energy = hb::round_weights({hb::default_isa(), threads, hb::parallel_for}, rows, format, scales.data(), codes.data(),
-                                              shifts ? shifts->data() : nullptr);
+                                              multipliers ? multipliers->data() : nullptr);
   return {energy.signal, energy.noise};
 }
 
@@ -196,12 +205,12 @@ NB_MODULE(_engine, m) {
   m.def("parallel_runtime", [] { return std::string(hb::parallel_runtime()); });
   m.def("integer_limit", [](double seconds) { return hb::integer_limit(hb::default_isa(), seconds); },
         nb::call_guard<nb::gil_scoped_release>());
-  m.def("packed_bytes", [](const Sizes& sizes, const std::string& grid, int max_shift, int subgroup) {
-    return hb::packed_bytes(layer_of(sizes), weight_format(grid, max_shift, subgroup));
+  m.def("packed_bytes", [](const Sizes& sizes, const WeightArguments& given) {
+    return hb::packed_bytes(layer_of(sizes), weight_format(given));
   });
-  m.def("pack", &pack, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+  m.def("pack", &pack, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("unpack", &unpack, nb::arg(), nb::arg(), nb::arg().none());
   m.def("search_scales", &search_scales);
-  m.def("round_weights", &round_weights, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
+  m.def("round_weights", &round_weights, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("forward", &forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
 }

@@ -56,8 +56,9 @@ struct TileRows {
 
 Nibbles nibbles_of(const Problem& p, int64_t block) {
   const PackedHeader& w = p.weights;
-  const uint8_t* shifts = w.format.max_shift ? p.packed + w.shifts + block * w.chunks * shift_chunk : nullptr;
-  return {p.packed + w.codes + block * w.chunks * (panel_chunk / 2), shifts, w.chunks, &table_of(w.format.grid)};
+  const uint8_t* multipliers = has_multipliers(w.format) ? p.packed + w.multipliers + block * w.chunks * multiplier_chunk : nullptr;
+  const bool multiples = w.format.max_multiple > 0;
+  return {p.packed + w.codes + block * w.chunks * (panel_chunk / 2), multipliers, w.chunks, &table_of(w.format.grid), multiples};
 }
 
 int64_t panel_bytes(const Drive& d) { return d.p.weights.chunks * d.kernels.chunk_bytes; }

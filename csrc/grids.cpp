@@ -33,6 +33,19 @@ Grid grid_of(const std::string& name) {
   throw std::invalid_argument("the engine knows no grid '" + name + "'");
 }
 
+void check_weights(const WeightFormat& format) {
+  const GridTable& grid = table_of(format.grid);
+  const std::string weights = std::string("weights of grid ") + grid.name;
+  if (!grid.is_signed) throw std::invalid_argument(std::string("weights need a signed grid, not ") + grid.name);
+  const bool no_shifts = grid.bits != 4 || grid.bottom != -grid.top;
+  if (format.max_shift < 0 || grid.top << format.max_shift > 127 || (format.max_shift && no_shifts))
+    throw std::invalid_argument(weights + " cannot carry shifts up to " + std::to_string(format.max_shift));
+  const bool fits = grid.bits == 4 && !format.max_shift && 2 <= format.max_multiple && format.max_multiple <= 16;
+  if (format.max_multiple && (!fits || grid.top * format.max_multiple > 127))
+    throw std::invalid_argument(weights + " cannot carry multiples up to " + std::to_string(format.max_multiple));
+  if (format.subgroup < 1 || format.subgroup > 1024) throw std::invalid_argument("a subgroup of weights holds 1 to 1024 values");
+}
+
 int round_to_grid(float units, const GridTable& grid) {
   if (grid.contiguous)
     return static_cast<int>(std::clamp(std::nearbyintf(units), static_cast<float>(grid.bottom), static_cast<float>(grid.top)));

@@ -34,6 +34,16 @@ static inline int decode_code(int code, const GridTable& grid) {
   return grid.bits == 8 ? static_cast<int8_t>(code) : grid.levels[code];
 }
 
+// What the levels of a subgroup of weights are multiplied with: a power of two, or a whole number. Stored as a nibble.
+static inline bool has_multipliers(const WeightFormat& format) { return format.max_shift || format.max_multiple; }
+static inline int multiplier_of(const WeightFormat& format, int nibble) { return format.max_multiple ? nibble + 1 : 1 << nibble; }
+static inline int largest_nibble(const WeightFormat& format) {
+  return format.max_multiple ? format.max_multiple - 1 : format.max_shift;
+}
+
+// Throws for a format that weights cannot have.
+void check_weights(const WeightFormat& format);
+
 // Whether inputs are rounded to whole numbers first, then by subgroups.
 static inline bool rounds_twice(const InputFormat& format) { return format.max_shift || format.max_multiple; }
 

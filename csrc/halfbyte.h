@@ -61,8 +61,9 @@ struct Run {
 
 struct WeightFormat {
   Grid grid = Grid::int4;
-  int max_shift = 0;  // 0: no shifts are stored
-  int subgroup = 16;  // neighbours along K that share a shift
+  int max_shift = 0;     // each subgroup's levels times a power of two, 1 to 1 << max_shift; 0: none
+  int subgroup = 16;     // neighbours along K that share a multiplier
+  int max_multiple = 0;  // in place of shifts: times 1 to this; 0: none
 };
 
 // K = kernel_h * kernel_w * (inputs / groups), in that order (channels innermost).
@@ -79,15 +80,15 @@ constexpr int64_t longest_k = 65536;  // beyond it int32 could overflow; `packed
 
 int64_t contraction(const Layer& layer);  // K
 
-// The packed form: one flat buffer that describes itself, may be copied and moved, and holds 4 bits a weight (and a shift for every
-// 16). Any alignment works; 64 is fastest.
+// The packed form: one flat buffer that describes itself, may be copied and moved, and holds 4 bits a weight (and a
+// multiplier for every 16). Any alignment works; 64 is fastest.
 size_t packed_bytes(const Layer& layer, const WeightFormat& format);
-// codes: as on disk (docs/format.md): (O, ceil(K/2)) nibbles, or (O, K) bytes for int8. shifts: nibbles (O, ceil(groups of K / 2)),
-// or null without shifts. A shift above max_shift throws.
-void pack_weights(const Layer& layer, const WeightFormat& format, const uint8_t* codes, const uint8_t* shifts, uint8_t* packed,
+// codes: as on disk (docs/format.md): (O, ceil(K/2)) nibbles, or (O, K) bytes for int8. multipliers: nibbles (O, ceil(groups of K /
+// 2)), shifts or multiples less one; or null without. One above the format's largest throws.
+void pack_weights(const Layer& layer, const WeightFormat& format, const uint8_t* codes, const uint8_t* multipliers, uint8_t* packed,
                   int threads = 1);
-// The inverse, to the last bit (padding nibbles are 0). shifts may be null without shifts.
-void unpack_weights(const uint8_t* packed, uint8_t* codes, uint8_t* shifts);
+// The inverse, to the last bit (padding nibbles are 0). multipliers may be null where there are none.
+void unpack_weights(const uint8_t* packed, uint8_t* codes, uint8_t* multipliers);
 // What a packed buffer holds; throws when it is not one.
 void describe_packed(const uint8_t* packed, size_t bytes, Layer* layer, WeightFormat* format);
 
@@ -98,8 +99,8 @@ struct FloatRows {
   int64_t rows = 0, count = 0, row_stride = 0;
 };
 
-// The scale of each row, float32 (rows,), that leaves the least sum of squared errors: among `points` factors (0..1] of the one that
-// maps the largest magnitude to the top level. quantizers.search_scale in the same float32 operations and order of sums, so the
+// The scale of each row, float32 (rows,), that leaves the least sum of squared errors: among `points` factors of the one that maps
+// the largest magnitude to the top level. quantizers.search_scale in the same float32 operations and order of sums, so the
 // same bits on every instruction set. Rows with a NaN or an infinity get NaN.
 void search_scales(const Run& run, const FloatRows& weights, const WeightFormat& format, const float* factors, int points,
                    float* scales);
@@ -109,10 +110,10 @@ struct Energy {
   double signal = 0, noise = 0;
 };
 
-// Finite weights to codes and shifts as on disk (see pack_weights) under scales (rows,); quantizers.quantize_weight, to the last bit.
-// shifts may be null without shifts. The last digits of the energies depend on the instruction set.
+// Finite weights to codes and multipliers as on disk (see pack_weights) under scales (rows,); quantizers.quantize_weight, to the
+// last bit. multipliers may be null where there are none. The last digits of the energies depend on the instruction set.
 Energy round_weights(const Run& run, const FloatRows& weights, const WeightFormat& format, const float* scales, uint8_t* codes,
-                     uint8_t* shifts);
+                     uint8_t* multipliers);
 
 // ---- activations ------------------------------------------------------------------------------------------------------------
 

@@ -51,9 +51,10 @@ struct Rows {
 // Packed nibbles of neighbouring blocks, from their first chunk.
 struct Nibbles {
   const uint8_t* codes;
-  const uint8_t* shifts;  // null without shifts
+  const uint8_t* multipliers;  // null where there are none
   int64_t chunks;         // of a block: the next block's codes are chunks * panel_chunk / 2 further
   const GridTable* grid;
+  bool multiples;  // multipliers are these less one, not shifts
 };
 
 // One task of a scale search: rows one after another. See weights.h for `work`.
@@ -65,13 +66,13 @@ struct ScaleSearch {
   float* scales;
 };
 
-// One task of rounding weights; codes and shifts are those of the first row.
+// One task of rounding weights; codes and multipliers are those of the first row.
 struct WeightRounding {
   FloatRows rows;
   WeightFormat format;
   const float* scales;
   uint8_t* codes;
-  uint8_t* shifts;
+  uint8_t* multipliers;
 };
 
 struct Kernels {

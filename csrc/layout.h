@@ -6,10 +6,10 @@
 //
 // Tiled weights come in blocks of 16 output channels. A chunk of a block is 16 quads: 4 neighbours along K for each channel, which
 // is what one 32-bit lane of a dot product takes. As int8 a quad is 64 bytes, byte 4 * channel + k % 4 (a "panel"). As nibbles two
-// quads share 64 bytes: the earlier one in the low nibbles. Shifts are held for every 16 along K: 32 bytes a chunk, byte 16 * (i /
-// 2) + channel holding the shifts of sixteenths i (low nibble) and i + 1 (high).
+// quads share 64 bytes: the earlier one in the low nibbles. Multipliers are held for every 16 along K: 32 bytes a chunk, byte
+// 16 * (i / 2) + channel holding those of sixteenths i (low nibble) and i + 1 (high).
 //
-// Layers that tiles would blow up (few channels, many groups) or whose shifts straddle sixteenths stay in disk order: "plain".
+// Layers that tiles would blow up (few channels, many groups) or whose multipliers straddle sixteenths stay in disk order: "plain".
 #pragma once
 
 #include "grids.h"
@@ -21,7 +21,7 @@ constexpr int block_channels = 16;
 constexpr int chunk = 64;                            // of K
 constexpr int quads = chunk / 4;                     // of a chunk
 constexpr int panel_chunk = chunk * block_channels;  // bytes
-constexpr int shift_chunk = 2 * block_channels;      // bytes
+constexpr int multiplier_chunk = 2 * block_channels;      // bytes
 
 static constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -35,7 +35,7 @@ struct PackedHeader {
   int64_t chunks;               // of all segments together
   int64_t group_outputs;        // output channels of a group
   int64_t group_blocks;         // blocks of 16 output channels of a group
-  int64_t codes, shifts, sums;  // offsets of the parts in bytes
+  int64_t codes, multipliers, sums;  // offsets of the parts in bytes
   // sums: int32 sum_k W[n, k] of all blocks' channels, padded ones 0
 
   int64_t blocks() const { return group_blocks * layer.groups; }

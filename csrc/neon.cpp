@@ -25,17 +25,18 @@ void decode(const Nibbles& from, uint8_t* panel) {
   const uint8_t repeats[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
   const uint8x16_t repeat = vld1q_u8(repeats);
   for (int64_t i = 0; i < from.chunks * 4; i++, panel += 256) {  // sixteenths
-    uint8x16_t shifts = vdupq_n_u8(0);
-    if (from.shifts) {
-      const uint8x16_t pairs = vld1q_u8(from.shifts + i / 2 * 16);
-      shifts = i % 2 ? vshrq_n_u8(pairs, 4) : vandq_u8(pairs, vdupq_n_u8(15));
+    uint8x16_t multipliers = vdupq_n_u8(1);  // of 16 channels
+    if (from.multipliers) {
+      const uint8x16_t pairs = vld1q_u8(from.multipliers + i / 2 * 16);
+      const uint8x16_t nibbles = i % 2 ? vshrq_n_u8(pairs, 4) : vandq_u8(pairs, vdupq_n_u8(15));
+      multipliers = from.multiples ? vaddq_u8(nibbles, multipliers) : vshlq_u8(multipliers, vreinterpretq_s8_u8(nibbles));
     }
     for (int four = 0; four < 4; four++) {  // channels
-      const int8x16_t shift = vreinterpretq_s8_u8(vqtbl1q_u8(shifts, vaddq_u8(repeat, vdupq_n_u8(static_cast<uint8_t>(four * 4)))));
+      const uint8x16_t own = vqtbl1q_u8(multipliers, vaddq_u8(repeat, vdupq_n_u8(static_cast<uint8_t>(four * 4))));
       for (int q = 0; q < 4; q++) {
         const uint8x16_t pairs = vld1q_u8(from.codes + i * 128 + q / 2 * 64 + four * 16);
         const uint8x16_t codes = q % 2 ? vshrq_n_u8(pairs, 4) : vandq_u8(pairs, vdupq_n_u8(15));
-        vst1q_u8(panel + q * 64 + four * 16, vshlq_u8(vqtbl1q_u8(levels, codes), shift));
+        vst1q_u8(panel + q * 64 + four * 16, vmulq_u8(vqtbl1q_u8(levels, codes), own));
       }
     }
   }

@@ -18,8 +18,8 @@ int64_t code_byte(const PackedHeader& h, int64_t block, int64_t at_chunk, int64_
   return (block * h.chunks + at_chunk) * (panel_chunk / 2) + quad / 2 * 64 + lane;
 }
 
-int64_t shift_byte(const PackedHeader& h, int64_t block, int64_t at_chunk, int64_t k, int64_t channel) {
-  return (block * h.chunks + at_chunk) * shift_chunk + k / 32 * block_channels + channel;
+int64_t multiplier_byte(const PackedHeader& h, int64_t block, int64_t at_chunk, int64_t k, int64_t channel) {
+  return (block * h.chunks + at_chunk) * multiplier_chunk + k / 32 * block_channels + channel;
 }
 
 void set_nibble(uint8_t& byte, bool high, int value) {
@@ -33,18 +33,20 @@ int64_t code_row(const PackedHeader& h) {
   return table_of(h.format.grid).bits == 8 ? k : (k + 1) / 2;
 }
 
-int64_t shift_row(const PackedHeader& h) { return h.format.max_shift ? (subgroups(h) + 1) / 2 : 0; }
+int64_t multiplier_row(const PackedHeader& h) { return has_multipliers(h.format) ? (subgroups(h) + 1) / 2 : 0; }
 
 int disk_code(const PackedHeader& h, const uint8_t* codes, int64_t output, int64_t k) {
   const uint8_t* row = codes + output * code_row(h);
   return table_of(h.format.grid).bits == 8 ? row[k] : nibble(row, k);
 }
 
-int disk_shift(const PackedHeader& h, const uint8_t* shifts, int64_t output, int64_t k) {
-  return h.format.max_shift ? nibble(shifts + output * shift_row(h), k / h.format.subgroup) : 0;
+int disk_nibble(const PackedHeader& h, const uint8_t* multipliers, int64_t output, int64_t k) {
+  return has_multipliers(h.format) ? nibble(multipliers + output * multiplier_row(h), k / h.format.subgroup) : 0;
 }
 
-int weight_of(const PackedHeader& h, int code, int shift) { return decode_code(code, table_of(h.format.grid)) * (1 << shift); }
+int weight_of(const PackedHeader& h, int code, int of_subgroup) {
+  return decode_code(code, table_of(h.format.grid)) * multiplier_of(h.format, of_subgroup);
+}
 
 // The up to 64 weights of one output channel that share a chunk.
 struct Stretch {
@@ -77,7 +79,6 @@ uint32_t to_tile(uint32_t disk) { return spread(disk & 0xffff) | spread(disk >> 
 uint32_t to_disk(uint32_t tile) { return collect(tile & 0x0f0f0f0f) | collect(tile >> 4 & 0x0f0f0f0f) << 16; }
 
 void check(const Layer& layer, const WeightFormat& format) {
-  const GridTable& grid = table_of(format.grid);
   const bool positive = layer.inputs > 0 && layer.outputs >= 0 && layer.groups > 0 && layer.kernel_h > 0 && layer.kernel_w > 0 &&
                         layer.stride_h > 0 && layer.stride_w > 0 && layer.dilation_h > 0 && layer.dilation_w > 0;
   if (!positive) throw std::invalid_argument("a layer needs sizes of at least 1");
@@ -88,12 +89,7 @@ void check(const Layer& layer, const WeightFormat& format) {
   if (contraction(layer) > longest_k)
     throw std::invalid_argument("the engine sums at most " + std::to_string(longest_k) +
                                 " products, this layer has K = " + std::to_string(contraction(layer)));
-  if (!grid.is_signed) throw std::invalid_argument(std::string("weights need a signed grid, got ") + grid.name);
-  if (format.max_shift < 0 || grid.top << format.max_shift > 127 ||
-      (format.max_shift && (grid.bits == 8 || format.grid == Grid::int4)))
-    throw std::invalid_argument(std::string("weights of grid ") + grid.name + " cannot carry shifts up to " +
-                                std::to_string(format.max_shift));
-  if (format.subgroup < 1) throw std::invalid_argument("a subgroup holds at least 1 value");
+  check_weights(format);
 }
 
 }  // namespace
@@ -111,15 +107,16 @@ PackedHeader plan_packed(const Layer& layer, const WeightFormat& format) {
   h.chunks = h.segments * ((h.length + chunk - 1) / chunk);
   h.group_outputs = layer.outputs / layer.groups;
   h.group_blocks = (h.group_outputs + block_channels - 1) / block_channels;
-  const bool aligned = !format.max_shift || (format.subgroup % 16 == 0 && (h.segments == 1 || h.length % 16 == 0));
+  const bool aligned = !has_multipliers(format) || (format.subgroup % 16 == 0 && (h.segments == 1 || h.length % 16 == 0));
   const int64_t padded = h.blocks() * block_channels * h.chunks * chunk, real = layer.outputs * contraction(layer);
   h.tiled = aligned && padded <= real + std::max(real / 2, int64_t{64 * 1024});
   const bool bytes = table_of(format.grid).bits == 8;
   const int64_t code_bytes = h.tiled ? (bytes ? padded : padded / 2) : layer.outputs * code_row(h);
-  const int64_t shift_bytes = !format.max_shift ? 0 : h.tiled ? h.blocks() * h.chunks * shift_chunk : layer.outputs * shift_row(h);
+  const int64_t tiled_multipliers = has_multipliers(format) ? h.blocks() * h.chunks * multiplier_chunk : 0;
+  const int64_t multiplier_bytes = h.tiled ? tiled_multipliers : layer.outputs * multiplier_row(h);
   h.codes = round_up(sizeof h, 64);
-  h.shifts = h.codes + round_up(code_bytes, 64);
-  h.sums = h.shifts + round_up(shift_bytes, 64);
+  h.multipliers = h.codes + round_up(code_bytes, 64);
+  h.sums = h.multipliers + round_up(multiplier_bytes, 64);
   h.bytes = h.sums + round_up(h.blocks() * block_channels * 4, 64);
   return h;
 }
@@ -168,7 +165,7 @@ void write_codes(const PackedHeader& h, const uint8_t* from, const Stretch& s, u
   }
 }
 
-void pack_tiles(const PackedHeader& h, const uint8_t* codes, const uint8_t* shifts, int64_t output, uint8_t* packed) {
+void pack_tiles(const PackedHeader& h, const uint8_t* codes, const uint8_t* multipliers, int64_t output, uint8_t* packed) {
   const bool bytes = table_of(h.format.grid).bits == 8;
   each_stretch(h, output, [&](const Stretch& s) {
     uint8_t row[chunk];
@@ -180,9 +177,9 @@ void pack_tiles(const PackedHeader& h, const uint8_t* codes, const uint8_t* shif
       if (!bytes) word = to_tile(word);
       std::memcpy(to, &word, 4);
     }
-    for (int i = 0; h.format.max_shift && i < s.count; i += 16)
-      set_nibble(packed[h.shifts + shift_byte(h, s.block, s.at_chunk, i, s.channel)], i / 16 % 2,
-                 disk_shift(h, shifts, s.output, s.k + i));
+    for (int i = 0; has_multipliers(h.format) && i < s.count; i += 16)
+      set_nibble(packed[h.multipliers + multiplier_byte(h, s.block, s.at_chunk, i, s.channel)], i / 16 % 2,
+                 disk_nibble(h, multipliers, s.output, s.k + i));
   });
 }
 
@@ -196,23 +193,23 @@ struct ByteSums {
   }
 };
 
-// sum_k W[n, k] of one output channel; raises `largest` to its largest shift.
-int32_t sum_of_row(const PackedHeader& h, const ByteSums& sums, const uint8_t* codes, const uint8_t* shifts, int64_t output,
+// sum_k W[n, k] of one output channel; raises `largest` to its largest nibble of a multiplier.
+int32_t sum_of_row(const PackedHeader& h, const ByteSums& sums, const uint8_t* codes, const uint8_t* multipliers, int64_t output,
                    int* largest) {
   const int halving = table_of(h.format.grid).bits == 8 ? 0 : 1, per_byte = 1 << halving;
   const uint8_t* row = codes + output * code_row(h);
-  const int64_t k = contraction(h.layer), step = h.format.max_shift ? h.format.subgroup : k;
+  const int64_t k = contraction(h.layer), step = has_multipliers(h.format) ? h.format.subgroup : k;
   int32_t sum = 0;
   for (int64_t from = 0; from < k; from += step) {
-    const int shift = disk_shift(h, shifts, output, from);
-    *largest = std::max(*largest, shift);
+    const int of_subgroup = disk_nibble(h, multipliers, output, from);
+    *largest = std::max(*largest, of_subgroup);
     int32_t part = 0;
     int64_t i = from;
     const int64_t end = std::min(from + step, k);
-    if (i % per_byte) part += weight_of(h, disk_code(h, codes, output, i++), 0);
+    if (i % per_byte) part += decode_code(disk_code(h, codes, output, i++), table_of(h.format.grid));
     for (; i + per_byte <= end; i += per_byte) part += sums.of[row[i >> halving]];
-    if (i < end) part += weight_of(h, disk_code(h, codes, output, i), 0);
-    sum += part * (1 << std::min(shift, 7));
+    if (i < end) part += decode_code(disk_code(h, codes, output, i), table_of(h.format.grid));
+    sum += part * multiplier_of(h.format, std::min(of_subgroup, largest_nibble(h.format)));
   }
   return sum;
 }
@@ -221,56 +218,60 @@ constexpr int64_t pack_step = 16;  // output channels of a task
 
 struct Packing {
   const PackedHeader& h;
-  const uint8_t *codes, *shifts;
+  const uint8_t *codes, *multipliers;
   uint8_t* packed;
   const ByteSums sums;
-  std::atomic<int> largest_shift{0};
+  std::atomic<int> largest_nibble{0};
 
   static void run(void* raw, int task) {
     auto& p = *static_cast<Packing*>(raw);
     const PackedHeader& h = p.h;
     int largest = 0;
     for (int64_t output = task * pack_step; output < std::min((task + 1) * pack_step, h.layer.outputs); output++) {
-      const int32_t sum = sum_of_row(h, p.sums, p.codes, p.shifts, output, &largest);
+      const int32_t sum = sum_of_row(h, p.sums, p.codes, p.multipliers, output, &largest);
       const int64_t padded = output / h.group_outputs * h.group_blocks * block_channels + output % h.group_outputs;
       std::memcpy(p.packed + h.sums + padded * 4, &sum, 4);
-      if (h.tiled) pack_tiles(h, p.codes, p.shifts, output, p.packed);
+      if (h.tiled) pack_tiles(h, p.codes, p.multipliers, output, p.packed);
     }
-    int seen = p.largest_shift;
-    while (seen < largest && !p.largest_shift.compare_exchange_weak(seen, largest)) {
+    int seen = p.largest_nibble;
+    while (seen < largest && !p.largest_nibble.compare_exchange_weak(seen, largest)) {
     }
   }
 };
 
 }  // namespace
 
-void pack_weights(const Layer& layer, const WeightFormat& format, const uint8_t* codes, const uint8_t* shifts, uint8_t* packed,
+void pack_weights(const Layer& layer, const WeightFormat& format, const uint8_t* codes, const uint8_t* multipliers, uint8_t* packed,
                   int threads) {
   const PackedHeader h = plan_packed(layer, format);
   std::memset(packed, 0, static_cast<size_t>(h.bytes));
   std::memcpy(packed, &h, sizeof h);
-  Packing packing{h, codes, shifts, packed, ByteSums(table_of(format.grid))};
+  Packing packing{h, codes, multipliers, packed, ByteSums(table_of(format.grid))};
   parallel_for(static_cast<int>((layer.outputs + pack_step - 1) / pack_step), threads, Packing::run, &packing);
-  if (packing.largest_shift > format.max_shift)
-    throw std::invalid_argument("a shift of " + std::to_string(packing.largest_shift) + " is beyond the layer's largest, " +
-                                std::to_string(format.max_shift));
+  if (packing.largest_nibble > largest_nibble(format)) {
+    const std::string kind = format.max_multiple ? "multiple" : "shift";
+    const int least = format.max_multiple ? 1 : 0;  // what a nibble of 0 stands for
+    throw std::invalid_argument("a " + kind + " of " + std::to_string(packing.largest_nibble + least) +
+                                " is beyond the layer's largest, " + std::to_string(largest_nibble(format) + least));
+  }
   if (h.tiled) return;
   std::memcpy(packed + h.codes, codes, static_cast<size_t>(layer.outputs * code_row(h)));
-  if (format.max_shift) std::memcpy(packed + h.shifts, shifts, static_cast<size_t>(layer.outputs * shift_row(h)));
+  const size_t multiplier_bytes = static_cast<size_t>(layer.outputs * multiplier_row(h));
+  if (multiplier_bytes) std::memcpy(packed + h.multipliers, multipliers, multiplier_bytes);
 }
 
-void unpack_weights(const uint8_t* packed, uint8_t* codes, uint8_t* shifts) {
+void unpack_weights(const uint8_t* packed, uint8_t* codes, uint8_t* multipliers) {
   const PackedHeader h = packed_header(packed);
   const bool bytes = table_of(h.format.grid).bits == 8;
   const size_t code_bytes = static_cast<size_t>(h.layer.outputs * code_row(h));
-  const size_t shift_bytes = static_cast<size_t>(h.layer.outputs * shift_row(h));
+  const size_t multiplier_bytes = static_cast<size_t>(h.layer.outputs * multiplier_row(h));
   if (!h.tiled) {
     std::memcpy(codes, packed + h.codes, code_bytes);
-    if (shift_bytes) std::memcpy(shifts, packed + h.shifts, shift_bytes);
+    if (multiplier_bytes) std::memcpy(multipliers, packed + h.multipliers, multiplier_bytes);
     return;
   }
   std::memset(codes, 0, code_bytes);
-  if (shift_bytes) std::memset(shifts, 0, shift_bytes);
+  if (multiplier_bytes) std::memset(multipliers, 0, multiplier_bytes);
   const auto unpack = [&](const Stretch& s) {
     uint8_t row[chunk];
     for (int quad = 0; quad < quads; quad += bytes ? 1 : 2) {
@@ -280,10 +281,10 @@ void unpack_weights(const uint8_t* packed, uint8_t* codes, uint8_t* shifts) {
       std::memcpy(row + (bytes ? quad * 4 : quad * 2), &word, 4);
     }
     write_codes(h, row, s, codes);
-    for (int i = 0; shift_bytes && i < s.count; i += 16) {
+    for (int i = 0; multiplier_bytes && i < s.count; i += 16) {
       const int64_t subgroup = (s.k + i) / h.format.subgroup;
-      const int pair = packed[h.shifts + shift_byte(h, s.block, s.at_chunk, i, s.channel)];
-      set_nibble(shifts[s.output * shift_row(h) + subgroup / 2], subgroup % 2, pair >> (i / 16 % 2 * 4) & 15);
+      const int pair = packed[h.multipliers + multiplier_byte(h, s.block, s.at_chunk, i, s.channel)];
+      set_nibble(multipliers[s.output * multiplier_row(h) + subgroup / 2], subgroup % 2, pair >> (i / 16 % 2 * 4) & 15);
     }
   };
   for (int64_t output = 0; output < h.layer.outputs; output++) each_stretch(h, output, unpack);
@@ -291,22 +292,23 @@ void unpack_weights(const uint8_t* packed, uint8_t* codes, uint8_t* shifts) {
 
 void decode_block(const uint8_t* packed, const PackedHeader& h, int64_t block, int8_t* panel) {
   const bool bytes = table_of(h.format.grid).bits == 8;
-  const uint8_t *codes = packed + h.codes, *shifts = packed + h.shifts;
+  const uint8_t *codes = packed + h.codes, *multipliers = packed + h.multipliers;
   const int64_t first = block % h.group_blocks * block_channels, segment_chunks = h.segment_chunks();
   std::memset(panel, 0, static_cast<size_t>(h.panel_bytes()));
   for (int64_t channel = 0; channel < std::min<int64_t>(block_channels, h.group_outputs - first); channel++) {
     const int64_t output = block / h.group_blocks * h.group_outputs + first + channel;
     for (int64_t k = 0; k < h.segments * h.length; k++) {
       const int64_t at_chunk = k / h.length * segment_chunks + k % h.length / chunk, at = k % h.length % chunk;
-      int code, shift = 0;
+      int code, of_subgroup = 0;
       if (h.tiled) {
         const int byte = codes[code_byte(h, block, at_chunk, at, channel, bytes)];
         code = bytes ? byte : byte >> (at / 4 % 2 * 4) & 15;
-        if (h.format.max_shift) shift = shifts[shift_byte(h, block, at_chunk, at, channel)] >> (at / 16 % 2 * 4) & 15;
+        if (has_multipliers(h.format))
+          of_subgroup = multipliers[multiplier_byte(h, block, at_chunk, at, channel)] >> (at / 16 % 2 * 4) & 15;
       } else {
-        code = disk_code(h, codes, output, k), shift = disk_shift(h, shifts, output, k);
+        code = disk_code(h, codes, output, k), of_subgroup = disk_nibble(h, multipliers, output, k);
       }
-      panel[at_chunk * panel_chunk + at / 4 * 64 + channel * 4 + at % 4] = static_cast<int8_t>(weight_of(h, code, shift));
+      panel[at_chunk * panel_chunk + at / 4 * 64 + channel * 4 + at % 4] = static_cast<int8_t>(weight_of(h, code, of_subgroup));
     }
   }
 }

@@ -1,4 +1,4 @@
-// Float weights to scales, codes and shifts: rows are tasks. Also the kernels of processors without wider vectors.
+// Float weights to scales, codes and multipliers: rows are tasks. Also the kernels of processors without wider vectors.
 #include "weights.h"
 
 #include <algorithm>
@@ -14,12 +14,7 @@ constexpr int64_t task_values = 1 << 18;  // a few milliseconds
 constexpr int64_t widest_vector = 16;     // floats
 
 void check(const FloatRows& weights, const WeightFormat& format) {
-  const GridTable& grid = table_of(format.grid);
-  if (!grid.is_signed) throw std::invalid_argument(std::string("weights need a signed grid, not ") + grid.name);
-  if (format.max_shift < 0 || grid.top << format.max_shift > 127 || (format.max_shift && (grid.bits != 4 || grid.bottom != -grid.top)))
-    throw std::invalid_argument(std::string("weights of grid ") + grid.name + " cannot be shifted by " +
-                                std::to_string(format.max_shift));
-  if (format.subgroup < 1 || format.subgroup > 1024) throw std::invalid_argument("a subgroup of weights holds 1 to 1024 values");
+  check_weights(format);
   if (weights.rows < 0 || weights.count < 1 || (weights.rows > 1 && weights.row_stride < weights.count))
     throw std::invalid_argument("rows of weights need 1 value or more each, and must not overlap");
 }
@@ -62,7 +57,7 @@ struct RoundJob {
   const WeightRounding& whole;
   const Kernels& kernels;
   Tasks tasks;
-  int64_t code_bytes, shift_bytes;  // of a row
+  int64_t code_bytes, multiplier_bytes;  // of a row
   std::vector<Energy> energies;     // of tasks
 
   static void run(void* raw, int task) {
@@ -70,7 +65,7 @@ struct RoundJob {
     WeightRounding part = job.whole;
     const int64_t first = task * job.tasks.rows;
     part.rows = job.tasks.part(part.rows, task), part.scales += first, part.codes += first * job.code_bytes;
-    if (part.shifts) part.shifts += first * job.shift_bytes;
+    if (part.multipliers) part.multipliers += first * job.multiplier_bytes;
     job.energies[static_cast<size_t>(task)] =
         job.kernels.round(part, scratch(Slot::weights, work_bytes(part.rows, part.format, 0)));
   }
@@ -91,11 +86,11 @@ void search_scales(const Run& run, const FloatRows& weights, const WeightFormat&
 }
 
 Energy round_weights(const Run& run, const FloatRows& weights, const WeightFormat& format, const float* scales, uint8_t* codes,
-                     uint8_t* shifts) {
+                     uint8_t* multipliers) {
   check(weights, format);
-  if (format.max_shift && !shifts) throw std::invalid_argument("the shifts have nowhere to go");
+  if (has_multipliers(format) && !multipliers) throw std::invalid_argument("the multipliers have nowhere to go");
   const int64_t count = weights.count, groups = (count + format.subgroup - 1) / format.subgroup;
-  const WeightRounding rounding{weights, format, scales, codes, shifts};
+  const WeightRounding rounding{weights, format, scales, codes, multipliers};
   const Tasks tasks(weights);
   RoundJob job{rounding, kernels_of(run.isa), tasks, table_of(format.grid).bits == 4 ? (count + 1) / 2 : count, (groups + 1) / 2,
                std::vector<Energy>(static_cast<size_t>(tasks.count))};

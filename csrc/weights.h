@@ -1,9 +1,9 @@
-// Float weights to scales, codes and shifts, on vectors of any width: what quantizers.py does, in the same order.
+// Float weights to scales, codes and multipliers, on vectors of any width: what quantizers.py does, in the same order.
 //
 //   a row of K weights   s0: v0 v1 .. v15 | s1: v0 v1 .. v15 | ..        subgroups of n values
 //   columns              v0 of s0..s(W-1) | v1 of s0..s(W-1) | ..        n vectors, a lane a subgroup; then the next W subgroups
 //
-// Peaks, shifts, steps and sums of a subgroup are then those of a lane, and nothing is added across lanes. The n errors of a
+// Peaks, multipliers, steps and sums of a subgroup are then those of a lane, and nothing is added across lanes. The n errors of a
 // subgroup are added in pairs, the first half to the second and so on; so are the sums of a row's subgroups. Missing values are
 // zeros, which round to zero and add +0.
 //
@@ -19,6 +19,7 @@ namespace halfbyte {
 namespace {
 
 enum class Levels { whole, minifloat, powers };  // how far the levels of a table are apart
+enum class Multipliers { none, shifts, multiples };
 
 // Vectors of 4, 8 and 16 lanes (gcc does not keep a vector's size where it depends on a template argument).
 template <int W>
@@ -66,18 +67,20 @@ static inline __attribute__((always_inline)) V sum_pairs(V* v) {
   return v[0];
 }
 
-// W subgroups at a time of N values (a power of two), or where N is 0, of any number; `Shifted`: with a shift each.
-template <int W, Levels L, int N, bool Shifted>
+// W subgroups at a time of N values (a power of two), or where N is 0, of any number.
+template <int W, Levels L, int N, Multipliers M>
 class Rounder {
   using V = typename Lanes<W>::Floats;
   using Ints = typename Lanes<W>::Ints;
   using Doubles = typename Lanes<W>::Doubles;
+  static constexpr bool shifted = M == Multipliers::shifts, multiplied = M == Multipliers::multiples;
 
  public:
   Rounder(const FloatRows& rows, const WeightFormat& format, uint8_t* work)
       : rows_(rows),
         grid_(table_of(format.grid)),
         max_shift_(format.max_shift),
+        max_multiple_(format.max_multiple),
         n_(N ? N : format.subgroup),
         groups_((rows.count + n_ - 1) / n_),
         batches_((groups_ + W - 1) / W),
@@ -94,7 +97,8 @@ class Rounder {
   float search(int64_t row, const float* factors, int points) {
     const uint32_t absmax = load_columns(row);
     if (absmax >= 0x7f800000) return __builtin_nanf("");
-    const float peak = float_of_bits(absmax) / static_cast<float>(grid_.top << max_shift_), widest = peak < 0x1p-126f ? 1.0f : peak;
+    const int top = max_multiple_ ? grid_.top * max_multiple_ : grid_.top << max_shift_;
+    const float peak = float_of_bits(absmax) / static_cast<float>(top), widest = peak < 0x1p-126f ? 1.0f : peak;
     float* const found = reinterpret_cast<float*>(rest_);
     const int64_t pitch = batches_ * W;
     for (int64_t batch = 0; batch < batches_; batch++)
@@ -108,24 +112,24 @@ class Rounder {
     return best;
   }
 
-  void round(int64_t row, float scale, uint8_t* codes, uint8_t* shifts, Energy* energy) {
+  void round(int64_t row, float scale, uint8_t* codes, uint8_t* multipliers, Energy* energy) {
     load_columns(row);
-    uint8_t* const shift_of = reinterpret_cast<uint8_t*>(rest_);
+    uint8_t* const nibbles = reinterpret_cast<uint8_t*>(rest_);
     Doubles signal{}, noise{};
     for (int64_t batch = 0; batch < batches_; batch++) {
-      const Ints shift = Shifted ? choose_shift(batch, scale) : Ints{};
-      const V shrink = power_of_two(-shift), step = power_of_two(shift);
+      const Ints nibble = shifted ? choose_shift(batch, scale) : multiplied ? choose_multiple(batch, scale) : Ints{};
+      const V step = multiplied ? __builtin_convertvector(nibble + 1, V) : power_of_two(nibble);
       V* const column = columns_ + batch * n_;
       for (int64_t i = 0; i < n_; i++) {
-        const V x = column[i], level = nearest(x / scale * shrink);
+        const V x = column[i], level = nearest(x / scale / step);
         const Doubles exact = __builtin_convertvector(x, Doubles), error = exact - __builtin_convertvector(level * step * scale, Doubles);
         signal += exact * exact, noise += error * error;
         column[i] = level;
       }
-      for (int lane = 0; lane < W; lane++) shift_of[batch * W + lane] = static_cast<uint8_t>(shift[lane]);
+      for (int lane = 0; lane < W; lane++) nibbles[batch * W + lane] = static_cast<uint8_t>(nibble[lane]);
     }
     for (int lane = 0; lane < W; lane++) energy->signal += signal[lane], energy->noise += noise[lane];
-    if (Shifted) pack_nibbles(shift_of, groups_, shifts);
+    if (M != Multipliers::none) pack_nibbles(nibbles, groups_, multipliers);
     store_codes(codes);
   }
 
@@ -197,7 +201,7 @@ class Rounder {
     return shift;
   }
 
-  // Sums over the subgroups of two errors of each value: those at the smaller and at the larger shift.
+  // Sums over the subgroups of one error of each value, or with shifts of two: at the smaller and at the larger shift.
   template <typename Error>
   __attribute__((always_inline)) void sums(int64_t batch, Error error, V* low, V* high) {
     const V* const column = columns_ + batch * n_;
@@ -206,28 +210,45 @@ class Rounder {
 #pragma GCC unroll 16
       for (int i = 0; i < N; i++) error(column[i], a + i, b + i);
       *low = sum_pairs<N>(a);
-      if (Shifted) *high = sum_pairs<N>(b);
+      if (shifted) *high = sum_pairs<N>(b);
     } else {
       V *const a = errors_, *const b = errors_ + n_;
       for (int64_t i = 0; i < n_; i++) error(column[i], a + i, b + i);
       *low = sum_pairs(a, n_);
-      if (Shifted) *high = sum_pairs(b, n_);
+      if (shifted) *high = sum_pairs(b, n_);
     }
   }
 
   V loss(int64_t batch, float scale) {
+    if (!multiplied) return loss_at_shift(batch, scale);
+    V least = loss_at_step(batch, V{} + scale);
+    for (int multiple = 2; multiple <= max_multiple_; multiple++)
+      least = this->least(loss_at_step(batch, V{} + scale * static_cast<float>(multiple)), least);
+    return least;
+  }
+
+  V loss_at_step(int64_t batch, V step) {
+    V sum{}, none{};
+    sums(batch, [&](V x, V* square, V*) {
+      const V units = x / step, error = (nearest(units) - units) * step;
+      *square = error * error;
+    }, &sum, &none);
+    return sum;
+  }
+
+  V loss_at_shift(int64_t batch, float scale) {
     Ints full{};
-    const V step = Shifted ? power_of_two(flag(largest_[batch] / scale, &full)) * scale : V{} + scale, twice = step * 2.0f;
+    const V step = shifted ? power_of_two(flag(largest_[batch] / scale, &full)) * scale : V{} + scale, twice = step * 2.0f;
     V low{}, high{};
     const auto squares = [&](V x, V* small, V* large) {
       const V units = x / step, error = (nearest(units) - units) * step;
       *small = error * error;
-      if (!Shifted) return;
+      if (!shifted) return;
       const V half = units * 0.5f, other = (nearest(half) - half) * twice;
       *large = other * other;
     };
     sums(batch, squares, &low, &high);
-    return Shifted ? (full & (high < low) ? high : low) : low;
+    return shifted ? (full & (high < low) ? high : low) : low;
   }
 
   Ints choose_shift(int64_t batch, float scale) {
@@ -242,6 +263,24 @@ class Rounder {
     };
     sums(batch, squares, &low, &high);
     return shift - (full & (high < low));  // true is -1
+  }
+
+  // The multiple that leaves the least error, the smallest of equals; less one.
+  Ints choose_multiple(int64_t batch, float scale) {
+    V least{}, none{};
+    Ints best{};
+    for (int less = 0; less < max_multiple_; less++) {
+      const V step = V{} + static_cast<float>(less + 1);
+      V sum{};
+      sums(batch, [&](V x, V* square, V*) {
+        const V units = x / scale, error = nearest(units / step) * step - units;
+        *square = error * error;
+      }, &sum, &none);
+      const Ints better = less ? sum < least : Ints{} - 1;
+      best = better ? Ints{} + less : best;
+      least = better ? sum : least;
+    }
+    return best;
   }
 
   // Levels, in columns, to codes in the order of the row.
@@ -267,13 +306,13 @@ class Rounder {
 
   const FloatRows& rows_;
   const GridTable& grid_;
-  const int max_shift_;
+  const int max_shift_, max_multiple_;
   const int64_t n_, groups_, batches_;
   const int top_bits_;
   V* const columns_;
   V* const largest_;  // magnitudes, of the subgroups
   V* const errors_;   // room for those of W subgroups, twice
-  V* const rest_;     // sums of every factor and subgroup; or shifts, or codes, a byte each
+  V* const rest_;     // sums of every factor and subgroup; or nibbles, or codes, a byte each
   float least_binade_, magic_;
 };
 
@@ -281,14 +320,21 @@ class Rounder {
 template <int W, typename Use>
 static inline void with_rounder(const FloatRows& rows, const WeightFormat& format, uint8_t* work, Use use) {
   const GridTable& grid = table_of(format.grid);
-  if (format.max_shift) {
-    if (grid.contiguous && format.subgroup == 16) return use(Rounder<W, Levels::whole, 16, true>(rows, format, work));
-    if (grid.contiguous) return use(Rounder<W, Levels::whole, 0, true>(rows, format, work));
-    return use(Rounder<W, Levels::minifloat, 0, true>(rows, format, work));
+  constexpr Multipliers shifts = Multipliers::shifts, multiples = Multipliers::multiples, none = Multipliers::none;
+  if (format.max_multiple) {
+    if (grid.contiguous && format.subgroup == 16) return use(Rounder<W, Levels::whole, 16, multiples>(rows, format, work));
+    if (grid.contiguous) return use(Rounder<W, Levels::whole, 0, multiples>(rows, format, work));
+    if (format.subgroup == 16) return use(Rounder<W, Levels::minifloat, 16, multiples>(rows, format, work));
+    return use(Rounder<W, Levels::minifloat, 0, multiples>(rows, format, work));
   }
-  if (grid.contiguous) return use(Rounder<W, Levels::whole, 0, false>(rows, format, work));
-  if (whole_bits(grid) > 1) return use(Rounder<W, Levels::minifloat, 0, false>(rows, format, work));
-  use(Rounder<W, Levels::powers, 0, false>(rows, format, work));
+  if (format.max_shift) {
+    if (grid.contiguous && format.subgroup == 16) return use(Rounder<W, Levels::whole, 16, shifts>(rows, format, work));
+    if (grid.contiguous) return use(Rounder<W, Levels::whole, 0, shifts>(rows, format, work));
+    return use(Rounder<W, Levels::minifloat, 0, shifts>(rows, format, work));
+  }
+  if (grid.contiguous) return use(Rounder<W, Levels::whole, 0, none>(rows, format, work));
+  if (whole_bits(grid) > 1) return use(Rounder<W, Levels::minifloat, 0, none>(rows, format, work));
+  use(Rounder<W, Levels::powers, 0, none>(rows, format, work));
 }
 
 template <int W>
@@ -304,8 +350,10 @@ static inline Energy round_rows(const WeightRounding& r, uint8_t* work) {
   const int64_t count = r.rows.count, groups = (count + r.format.subgroup - 1) / r.format.subgroup;
   const int64_t code_bytes = table_of(r.format.grid).bits == 4 ? (count + 1) / 2 : count;
   with_rounder<W>(r.rows, r.format, work, [&](auto rounder) {
-    for (int64_t row = 0; row < r.rows.rows; row++)
-      rounder.round(row, r.scales[row], r.codes + row * code_bytes, r.shifts ? r.shifts + row * ((groups + 1) / 2) : nullptr, &energy);
+    for (int64_t row = 0; row < r.rows.rows; row++) {
+      uint8_t* const multipliers = r.multipliers ? r.multipliers + row * ((groups + 1) / 2) : nullptr;
+      rounder.round(row, r.scales[row], r.codes + row * code_bytes, multipliers, &energy);
+    }
   });
   return energy;
 }

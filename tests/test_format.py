@@ -18,7 +18,12 @@ from halfbyte.runtime.weights import pack_layer
 PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
 SPECS = {
     spec.describe(): spec
-    for spec in (WeightSpec("int4", scale="absmax"), WeightSpec("e2m1", scale="absmax"), WeightSpec("lzs4", 4, scale="absmax"))
+    for spec in (
+        WeightSpec("int4", scale="absmax"),
+        WeightSpec("e2m1", scale="absmax"),
+        WeightSpec("lzs4", 4, scale="absmax"),
+        WeightSpec("e2m1", scale="absmax", max_multiple=10),
+    )
 }
 LINES = re.search(r"```golden\n(.*?)```", PAGE, re.DOTALL)[1].strip().splitlines()
 GOLDEN = [re.fullmatch(r"(\S+)\s+(\[.*\])\s+([0-9a-f ]+?)(?: \| ([0-9a-f ]+))?", line.strip()).groups() for line in LINES]
@@ -29,13 +34,13 @@ def packed(layer, weight, spec):
     return pack_layer(FAKE_QUANT[type(layer)].from_float(layer, LayerSpec(spec, ActivationSpec("int8"))))
 
 
-@pytest.mark.parametrize(("name", "weights", "codes", "shifts"), GOLDEN, ids=[line[0] + line[2][:5] for line in GOLDEN])
-def test_the_golden_bytes_of_the_page(name, weights, codes, shifts):
+@pytest.mark.parametrize(("name", "weights", "codes", "multipliers"), GOLDEN, ids=[line[0] + line[2][:5] for line in GOLDEN])
+def test_the_golden_bytes_of_the_page(name, weights, codes, multipliers):
     values = json.loads(weights)
     layer = packed(nn.Linear(len(values), 1, bias=False), values, SPECS[name])
     assert layer.weight_codes.numpy().tobytes().hex(" ") == codes
     assert layer.weight_scale.numpy().tobytes().hex(" ") == "00 00 80 3f"
-    assert (layer.weight_shift.numpy().tobytes().hex(" ") if shifts else None) == shifts
+    assert (layer.weight_multiplier.numpy().tobytes().hex(" ") if multipliers else None) == multipliers
 
 
 def test_convolutions_are_stored_tap_by_tap():

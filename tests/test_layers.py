@@ -16,10 +16,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "halfbyte"
 # Left to right. A new room goes right of all it imports.
 # fmt: off
 ROOMS = (
-    "errors", "fields", "formats", "packing", "recipe", "presets", "targets", "quantizers", "timestep", "layers",
-    "splitting", "metrics", "tracing", "calibration", "methods", "checkpoint", "runs", "runtime", "conversion", "unpacking",
-    "hub", "diffusers_plugin", "diffusers_lora", "transformers_plugin", "api", "streaming", "comfyui", "export", "evaluate",
-    "heal", "latency", "sensitivity", "budget", "report", "demo", "evidence", "bench", "terminal", "cli_evidence",
+    "errors", "fields", "formats", "packing", "subgroups", "recipe", "presets", "targets", "quantizers", "timestep",
+    "layers", "splitting", "metrics", "tracing", "calibration", "methods", "checkpoint", "runs", "runtime", "conversion",
+    "unpacking", "hub", "diffusers_plugin", "diffusers_lora", "transformers_plugin", "api", "streaming", "comfyui", "export",
+    "evaluate", "heal", "latency", "sensitivity", "budget", "report", "demo", "evidence", "bench", "terminal", "cli_evidence",
     "cli_sensitivity", "cli",
 )
 # fmt: on

@@ -239,6 +239,7 @@ BITS = [
     (LayerSpec(WeightSpec("e2m1", group=16, group_scale="e4m3")), 4.5),
     (LayerSpec(WeightSpec("e2m1", max_shift=3)), 4.25),
     (LayerSpec(WeightSpec("lzs4", max_shift=4, subgroup=32)), 4.125),
+    (LayerSpec(WeightSpec("e2m1", max_multiple=10)), 4.25),
     (INT8, 8.0),
 ]
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.formats import GRIDS, decode, get_grid
+from halfbyte.packing import pack_multipliers, unpack_multipliers
 from halfbyte.quantizers import (
     FixedScale,
     decode_weight,
@@ -54,6 +55,8 @@ ACTIVATION_SPECS = [*activation_specs()]
 WEIGHT_SPECS = [WeightSpec(name) for name, grid in GRIDS.items() if grid.signed and not grid.simulated_only]
 WEIGHT_SPECS += [WeightSpec(name, max_shift=shift) for name in SHIFTS if name[0] != "u" for shift in range(1, SHIFTS[name] + 1)]
 WEIGHT_SPECS += [WeightSpec("lzs4", max_shift=4, subgroup=subgroup) for subgroup in (1, 7, 32, 64)]
+WEIGHT_SPECS += [WeightSpec(name, max_multiple=most) for name, most in (("int4", 16), ("lzs4", 16), ("e1m2", 3), ("e2m1", 10))]
+WEIGHT_SPECS += [WeightSpec("e2m1", max_multiple=10, subgroup=subgroup) for subgroup in (1, 7, 32)]
 WEIGHT_SPECS += [WeightSpec(name, group=group) for name in ("int4", "e2m1") for group in (1, 16, 64)]
 
 SYMMETRIC = [spec for spec in ACTIVATION_SPECS if not spec.zero_point]
@@ -203,7 +206,7 @@ def matrices():
 
 
 @every_weight
-def test_codes_and_shifts_hold_the_whole_weight(spec):
+def test_codes_and_multipliers_hold_the_whole_weight(spec):
     for matrix in matrices():
         scale = weight_scale(matrix.float(), spec)
         quantized = quantize_weight(matrix, scale, spec)
@@ -213,37 +216,40 @@ def test_codes_and_shifts_hold_the_whole_weight(spec):
         assert int(codes.max()) < 2 ** get_grid(spec.grid).bits
         if get_grid(spec.grid).coding == "sign-magnitude":
             assert not (codes == 8).any(), "negative zero is never produced"
-        assert (quantized.shift is None) == (spec.max_shift == 0)
-        if quantized.shift is not None:
-            assert (quantized.shift.dtype, quantized.shift.shape) == (torch.uint8, (len(matrix), groups))
-            assert int(quantized.shift.max()) <= spec.max_shift
-        assert torch.equal(decode_weight(codes, quantized.shift, spec), quantized.levels)
+        assert (quantized.multiplier is None) == (spec.max_shift == spec.max_multiple == 0)
+        if quantized.multiplier is not None:
+            assert (quantized.multiplier.dtype, quantized.multiplier.shape) == (torch.uint8, (len(matrix), groups))
+            allowed = range(1, spec.max_multiple + 1) if spec.max_multiple else [2**shift for shift in range(spec.max_shift + 1)]
+            assert {*quantized.multiplier.unique().tolist()} <= {*allowed}
+            packed = pack_multipliers(quantized.multiplier, spec.max_multiple > 0)
+            assert torch.equal(unpack_multipliers(packed, groups, spec.max_multiple > 0), quantized.multiplier)
+        assert torch.equal(decode_weight(codes, quantized.multiplier, spec), quantized.levels)
         assert quantized.levels.abs().max() <= 128
 
 
 @every_weight
 def test_decoding_in_plain_python(spec):
-    """value = level[code] << shift, times the scale of the row or of the group."""
+    """value = level[code] * multiplier, times the scale of the row or of the group."""
     matrix = torch.tensor(inputs((4, 40)))
     quantized = quantize_weight(matrix, weight_scale(matrix, spec), spec)
     codes, levels = quantized.codes().tolist(), get_grid(spec.grid).levels
     dense = quantized.dequantize()
     for row, column in itertools.product(range(4), range(40)):
-        shift = 0 if quantized.shift is None else int(quantized.shift[row, column // spec.subgroup])
-        integer = levels[codes[row][column]] << shift
+        multiplier = 1 if quantized.multiplier is None else int(quantized.multiplier[row, column // spec.subgroup])
+        integer = levels[codes[row][column]] * multiplier
         scale = quantized.scale[row, column // spec.group if spec.group else 0]
         assert quantized.levels[row, column] == integer
         assert dense[row, column] == integer * scale
 
 
 @every_weight
-def test_weights_without_shifts_are_nearest_and_all_are_stable(spec):
+def test_weights_without_multipliers_are_nearest_and_all_are_stable(spec):
     matrix = torch.tensor(inputs((5, 48)))
     scale = weight_scale(matrix, spec)
     quantized = quantize_weight(matrix, scale, spec)
     again = quantize_weight(quantized.dequantize(), scale, spec)
     assert torch.equal(again.levels, quantized.levels)
-    if not spec.max_shift:
+    if not spec.has_multipliers:
         wide = scale.repeat_interleave(spec.group, 1)[:, :48] if spec.group else scale
         assert np.array_equal(quantized.levels.numpy(), nearest((matrix / wide).numpy(), spec.grid))
         assert torch.equal(decode(quantized.codes(), get_grid(spec.grid)), quantized.levels)
@@ -255,7 +261,7 @@ def test_a_row_of_zeros_is_scale_one_and_code_zero():
         quantized = quantize_weight(matrix, weight_scale(matrix, spec), spec)
         assert (quantized.scale[1] == 1).all()
         assert quantized.codes()[1].tolist() == [0] * 4
-        assert quantized.shift is None or (quantized.shift[1] == 0).all()
+        assert quantized.multiplier is None or (quantized.multiplier[1] == 1).all()
 
 
 def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():

@@ -74,11 +74,11 @@ void measure(const Run& run, const Case& c, const Format& format, double budget,
   layer.inputs = c.inputs, layer.outputs = c.outputs, layer.kernel_h = layer.kernel_w = c.kernel;
   layer.pad_top = layer.pad_bottom = layer.pad_left = layer.pad_right = c.kernel / 2;
   const int64_t k = contraction(layer), pixels = c.images * c.side * c.side;
-  std::vector<uint8_t> codes(static_cast<size_t>(c.outputs * k)), shifts(codes.size() / 16),
+  std::vector<uint8_t> codes(static_cast<size_t>(c.outputs * k)), multipliers(codes.size() / 16),
       packed(packed_bytes(layer, format.weight));
   for (uint8_t& code : codes) code = static_cast<uint8_t>(std::rand());
-  for (uint8_t& shift : shifts) shift = static_cast<uint8_t>(std::rand() % 5 | std::rand() % 5 << 4);
-  pack_weights(layer, format.weight, codes.data(), shifts.data(), packed.data());
+  for (uint8_t& shift : multipliers) shift = static_cast<uint8_t>(std::rand() % 5 | std::rand() % 5 << 4);
+  pack_weights(layer, format.weight, codes.data(), multipliers.data(), packed.data());
   std::vector<uint16_t> x(static_cast<size_t>(pixels * c.inputs)), y(static_cast<size_t>(pixels * c.outputs));
   for (uint16_t& value : x)
     value = static_cast<uint16_t>(0x3f80 + std::rand() % 128 - (std::rand() % 4) * 128 + (std::rand() % 2) * 0x8000);

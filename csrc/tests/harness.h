@@ -55,8 +55,14 @@ inline const std::vector<WeightFormat>& weight_formats() {
   static const std::vector<WeightFormat> formats = {
       {Grid::int4, 0, 16}, {Grid::lzs4, 0, 16}, {Grid::e2m1, 0, 16}, {Grid::e1m2, 0, 16}, {Grid::e3m0, 0, 16}, {Grid::int8, 0, 16},
       {Grid::lzs4, 4, 16}, {Grid::lzs4, 4, 32}, {Grid::lzs4, 4, 48}, {Grid::lzs4, 3, 7},  {Grid::e2m1, 3, 16}, {Grid::e1m2, 4, 64},
+      {Grid::int4, 0, 16, 16}, {Grid::lzs4, 0, 16, 16}, {Grid::e2m1, 0, 16, 10}, {Grid::e2m1, 0, 32, 9}, {Grid::e1m2, 0, 7, 5},
   };
   return formats;
+}
+
+inline std::string describe(const WeightFormat& f) {
+  return std::string(name_of(f.grid)) + "<<" + std::to_string(f.max_shift) + "*" + std::to_string(f.max_multiple) + "/" +
+         std::to_string(f.subgroup);
 }
 
 // With a fixed scale and zero point where `scale` is above 0.
@@ -116,7 +122,7 @@ inline std::string describe(const InputFormat& f) {
 }
 
 struct Weights {
-  std::vector<uint8_t> codes, shifts, packed;
+  std::vector<uint8_t> codes, multipliers, packed;
   std::vector<float> scale, bias;
 };
 
@@ -128,15 +134,15 @@ inline Weights random_weights(const Layer& layer, const WeightFormat& format) {
   for (uint8_t& code : w.codes) code = static_cast<uint8_t>(uniform(0, 255));
   if (!bytes && k % 2)
     for (int64_t o = 0; o < layer.outputs; o++) w.codes[static_cast<size_t>((o + 1) * ((k + 1) / 2) - 1)] &= 15;
-  if (format.max_shift) {
-    w.shifts.resize(static_cast<size_t>(layer.outputs * ((groups + 1) / 2)));
+  if (has_multipliers(format)) {
+    w.multipliers.resize(static_cast<size_t>(layer.outputs * ((groups + 1) / 2)));
     for (int64_t o = 0; o < layer.outputs; o++)
       for (int64_t g = 0; g < groups; g++)
-        w.shifts[static_cast<size_t>(o * ((groups + 1) / 2) + g / 2)] |=
-            static_cast<uint8_t>(uniform(0, format.max_shift) << (g % 2 * 4));
+        w.multipliers[static_cast<size_t>(o * ((groups + 1) / 2) + g / 2)] |=
+            static_cast<uint8_t>(uniform(0, largest_nibble(format)) << (g % 2 * 4));
   }
   w.packed.resize(packed_bytes(layer, format));
-  pack_weights(layer, format, w.codes.data(), w.shifts.data(), w.packed.data(), static_cast<int>(uniform(1, 3)));
+  pack_weights(layer, format, w.codes.data(), w.multipliers.data(), w.packed.data(), static_cast<int>(uniform(1, 3)));
   for (int64_t o = 0; o < layer.outputs; o++) {
     w.scale.push_back(std::uniform_real_distribution<float>(0.001f, 0.1f)(generator()));
     w.bias.push_back(std::normal_distribution<float>()(generator()));

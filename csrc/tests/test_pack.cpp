@@ -56,9 +56,9 @@ void test_packing() {
       const Weights w = random_weights(layer, format);
       const PackedHeader h = packed_header(w.packed.data());
       const std::string what = std::string(name_of(format.grid)) + (h.tiled ? " tiled" : " plain");
-      std::vector<uint8_t> codes(w.codes.size(), 0xaa), shifts(w.shifts.size(), 0xaa);
-      unpack_weights(w.packed.data(), codes.data(), shifts.data());
-      check(codes == w.codes && shifts == w.shifts, what + " unpacks to what was packed");
+      std::vector<uint8_t> codes(w.codes.size(), 0xaa), multipliers(w.multipliers.size(), 0xaa);
+      unpack_weights(w.packed.data(), codes.data(), multipliers.data());
+      check(codes == w.codes && multipliers == w.multipliers, what + " unpacks to what was packed");
       // every weight, found again in the panel of its block
       std::vector<int8_t> panel(static_cast<size_t>(h.panel_bytes()));
       const int64_t k = contraction(layer), block = uniform(0, h.blocks() - 1), first = block % h.group_blocks * 16;
@@ -75,9 +75,11 @@ void test_packing() {
           const bool bytes = table_of(format.grid).bits == 8;
           const int code =
               bytes ? w.codes[static_cast<size_t>(output * k + at)] : nibble(w.codes.data() + output * ((k + 1) / 2), at);
-          const int shift = format.max_shift ? nibble(w.shifts.data() + output * ((row_groups + 1) / 2), at / format.subgroup) : 0;
+          const uint8_t* nibbles = w.multipliers.data() + output * ((row_groups + 1) / 2);
+          const int own = has_multipliers(format) ? nibble(nibbles, at / format.subgroup) : 0;
+          const int multiplier = format.max_multiple ? own + 1 : 1 << own;
           const int64_t place = at / h.length * h.segment_chunks() * 1024 + at % h.length / 4 * 64 + n * 4 + at % h.length % 4;
-          check(panel[static_cast<size_t>(place)] == decode_code(code, table_of(format.grid)) * (1 << shift), what + " decodes");
+          check(panel[static_cast<size_t>(place)] == decode_code(code, table_of(format.grid)) * multiplier, what + " decodes");
         }
       }
       check(total == sums, what + " has its column sums, and nothing but zeros beyond its weights");
@@ -90,17 +92,23 @@ void test_refusals() {
   check_throws([&] { packed_bytes(layer, {Grid::uint8, 0, 16}); }, "unsigned weights");
   check_throws([&] { packed_bytes(layer, {Grid::int4, 1, 16}); }, "int4 with shifts");
   check_throws([&] { packed_bytes(layer, {Grid::lzs4, 5, 16}); }, "lzs4 << 5");
+  check_throws([&] { packed_bytes(layer, {Grid::e2m1, 0, 16, 11}); }, "e2m1 * 11");
+  check_throws([&] { packed_bytes(layer, {Grid::lzs4, 0, 16, 1}); }, "lzs4 * 1");
+  check_throws([&] { packed_bytes(layer, {Grid::lzs4, 1, 16, 2}); }, "shifts and multiples");
+  check_throws([&] { packed_bytes(layer, {Grid::int8, 0, 16, 2}); }, "multiples of int8");
   layer.groups = 3;
   check_throws([&] { packed_bytes(layer, {Grid::int4, 0, 16}); }, "groups that do not divide");
   layer.groups = 1, layer.inputs = 65537;
   check_throws([&] { packed_bytes(layer, {Grid::int4, 0, 16}); }, "a K that could overflow");
   layer.inputs = 16;
-  std::vector<uint8_t> codes(32), shifts(4, 5), packed(packed_bytes(layer, {Grid::lzs4, 4, 16}));
-  check_throws([&] { pack_weights(layer, {Grid::lzs4, 4, 16}, codes.data(), shifts.data(), packed.data()); }, "a shift of 5");
+  std::vector<uint8_t> codes(32), multipliers(4, 5), packed(packed_bytes(layer, {Grid::lzs4, 4, 16}));
+  check_throws([&] { pack_weights(layer, {Grid::lzs4, 4, 16}, codes.data(), multipliers.data(), packed.data()); }, "a shift of 5");
+  const WeightFormat five{Grid::lzs4, 0, 16, 5};
+  check_throws([&] { pack_weights(layer, five, codes.data(), multipliers.data(), packed.data()); }, "a multiple of 6");
   Layer read;
   WeightFormat format;
-  shifts.assign(4, 4);
-  pack_weights(layer, {Grid::lzs4, 4, 16}, codes.data(), shifts.data(), packed.data());
+  multipliers.assign(4, 4);
+  pack_weights(layer, {Grid::lzs4, 4, 16}, codes.data(), multipliers.data(), packed.data());
   describe_packed(packed.data(), packed.size(), &read, &format);
   check(read.inputs == 16 && read.outputs == 4 && format.max_shift == 4, "describe_packed");
   check_throws([&] { describe_packed(packed.data(), packed.size() - 64, &read, &format); }, "packed weights cut short");

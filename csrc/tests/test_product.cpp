@@ -17,8 +17,7 @@ void compare(const Layer& layer, const WeightFormat& format, const InputFormat& 
   for (Isa isa : fast_isas()) {
     const int threads = static_cast<int>(uniform(1, 3));
     const auto got = run_layer(Run{isa, threads, parallel_for}, layer, w, images.input, input_format, out, bias, gap);
-    check(same(got, expected, out), std::string(isa_name(isa)) + " multiplies " + name_of(format.grid) + "<<" +
-                                        std::to_string(format.max_shift) + "/" + std::to_string(format.subgroup) + " by " +
+    check(same(got, expected, out), std::string(isa_name(isa)) + " multiplies " + describe(format) + " by " +
                                         describe(input_format) + ": images " + std::to_string(images.input.images) + "x" +
                                         std::to_string(images.input.height) + "x" + std::to_string(images.input.width) +
                                         ", channels " + std::to_string(layer.inputs) + " to " + std::to_string(layer.outputs) +
@@ -109,7 +108,7 @@ void test_padding() {
     Weights w = random_weights(padded, {Grid::lzs4, 4, 16});
     const auto expected = run_layer(Run{}, padded, w, images.input, input_format, Dtype::float32, true);
     w.packed.assign(packed_bytes(plain, {Grid::lzs4, 4, 16}), 0);
-    pack_weights(plain, {Grid::lzs4, 4, 16}, w.codes.data(), w.shifts.data(), w.packed.data());
+    pack_weights(plain, {Grid::lzs4, 4, 16}, w.codes.data(), w.multipliers.data(), w.packed.data());
     // a zero that is no level of its table rounds to a neighbour inside an image, but not in the padding
     const GridTable& grid = table_of(input_format.grid);
     if (grid.is_signed || (grid.contiguous && !rounds_twice(input_format)))

@@ -62,7 +62,7 @@ def stored_bits(spec: LayerSpec | None) -> float:
     """Bits a weight takes on disk, shifts included; what has no packed form counts with the width of its codes."""
     if spec is None:
         return 16.0
-    return get_grid(spec.weight.grid).bits + (4 / spec.weight.subgroup if spec.weight.max_shift else 0)
+    return spec.weight.bits
 
 
 def stored_megabytes(layer: LayerDamage, spec: LayerSpec | None) -> float:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte.errors import CalibrationError, ModelError, NonFiniteError
-from halfbyte.formats import get_grid
 from halfbyte.quantizers import (
     FixedScale,
     QuantizedWeight,
@@ -353,7 +352,7 @@ class LayerReport:
         count = math.prod(self.shape) // rows
         scales = {"float32": 16, "e4m3": 8, "e8m0": 8}[weight.group_scale] / weight.group if weight.group else 0
         branch = 16 * min(self.spec.low_rank, rows, count) * (rows + count) / (rows * count)
-        return branch + scales + weight.sets * (get_grid(weight.grid).bits + (4 / weight.subgroup if weight.max_shift else 0))
+        return branch + scales + weight.sets * weight.bits
 
 
 def module_kind(module: nn.Module) -> type | None:

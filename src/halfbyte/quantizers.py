@@ -1,14 +1,13 @@
 """Scale searches and rounding as plain functions on rows of values; nothing here knows modules.
 
-Three steps, each usable alone: find a scale (`absmax_scale`, `minmax_scale`, `search_scale`), choose shifts where the grid carries
-them (`round_with_shifts`), and look at a whole weight or activation through its spec (`quantize_weight`, `quantize_activation`).
-Both the trainable and the packed layers call these same functions, which is why they agree to the last code.
+Three steps, each usable alone: find a scale (`absmax_scale`, `minmax_scale`, `search_scale`), choose multipliers where the spec has
+them (subgroups.py), and look at a whole weight or activation through its spec (`quantize_weight`, `quantize_activation`). Both the
+trainable and the packed layers call these same functions, which is why they agree to the last code.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +16,19 @@ from torch import Tensor
 
 from halfbyte.formats import Grid, decode, get_grid, levels_to_codes, round_to_grid
 from halfbyte.recipe import ActivationSpec, WeightSpec
+from halfbyte.subgroups import (
+    CACHED_VALUES,
+    columns_of,
+    flag,
+    power_of_two,
+    round_with_best_multiples,
+    round_with_multiples,
+    round_with_shifts,
+    saturated,
+    sum_columns,
+)
 
 SEARCH_POINTS = 40
-CACHED_VALUES = 1 << 17  # values handled together where many passes follow each other: their temporaries stay in the L2 cache
 
 
 def absmax_scale(rows: Tensor, top: int) -> Tensor:
@@ -49,157 +58,35 @@ def _usable(scale: Tensor) -> Tensor:
     return torch.where(tiny, 1.0, torch.where(scale.isfinite(), scale, torch.nan))
 
 
-def round_with_shifts(units: Tensor, grid: Grid, max_shift: int, subgroup: int, truncate: bool = False) -> tuple[Tensor, Tensor]:
-    """Round each subgroup to `level << shift` with a shift of its own (leading-zero suppression, QuaRTZ stage 2).
-
-    The shift is the paper's FLAG, the smallest at which the largest magnitude has no more bits than the table's top, or one more
-    where that lowers the squared error (31 on a table that ends at 7: FLAG 2 saturates at 28, shift 3 reaches 32). Truncation
-    always takes FLAG and drops the low bits.
-
-    Args:
-        units: float32 (..., n) in units of the scale, finite.
-        subgroup: neighbours along the last axis that share a shift; the last subgroup may be shorter.
-    Returns:
-        float32 integers (..., n), already shifted, and uint8 shifts (..., ceil(n / subgroup)).
-    """
-    return _by_subgroups(units, subgroup, partial(_cut if truncate else _round_best, grid, max_shift))
-
-
-def round_with_multiples(units: Tensor, grid: Grid, max_multiple: int, subgroup: int) -> tuple[Tensor, Tensor]:
-    """Round each subgroup to `level * multiple` with a small integer of its own: leading-zero suppression in finer steps.
-
-    A shift fits a subgroup within a factor of two, a multiple within one step of the table. It is the smallest with which the
-    table's top reaches the largest magnitude, or one less where that lowers the squared error. Products stay exact in integers.
-
-    Args:
-        units: whole numbers in float32 (..., n), in units of the scale.
-        subgroup: neighbours along the last axis that share a multiple; the last subgroup may be shorter.
-    Returns:
-        float32 integers (..., n), already multiplied, and uint8 multiples (..., ceil(n / subgroup)), 1 to `max_multiple`.
-    """
-    return _by_subgroups(units, subgroup, partial(_round_multiple, grid, max_multiple))
-
-
-def _by_subgroups(units: Tensor, subgroup: int, round_part: Callable[[Tensor, Tensor, Tensor], None]) -> tuple[Tensor, Tensor]:
-    """`round_part` on groups (g, subgroup) of neighbours, into levels of their shape and one number (uint8) a group."""
-    count = units.shape[-1]
-    tail = -count % subgroup
-    groups = (F.pad(units, (0, tail)) if tail else units).unflatten(-1, (-1, subgroup))
-    levels = torch.empty(groups.shape, dtype=groups.dtype, device=groups.device)  # contiguous, whatever the input is
-    numbers = torch.empty(groups.shape[:-1], dtype=torch.uint8, device=groups.device)
-    size = max(1, CACHED_VALUES // subgroup)
-    parts = groups.reshape(-1, subgroup).split(size), levels.view(-1, subgroup).split(size), numbers.view(-1).split(size)
-    for exact, out, number in zip(*parts, strict=True):
-        round_part(exact, out, number)
-    return levels.flatten(-2)[..., :count], numbers
-
-
-def _round_multiple(grid: Grid, max_multiple: int, groups: Tensor, out: Tensor, multiples: Tensor) -> None:
-    columns, largest = _columns(groups)
-    reaching = (largest / grid.top).ceil_().clamp_(1, max_multiple)
-    less = (reaching - 1).clamp_(min=1)
-    levels, lower = (round_to_grid(columns / multiple, grid).mul_(multiple) for multiple in (reaching, less))
-    better = _sum_columns((lower - columns).square_()) < _sum_columns((levels - columns).square_())
-    out.copy_(torch.where(better, lower, levels).t())
-    multiples.copy_(torch.where(better, less, reaching))
-
-
-def _flag(largest: Tensor, grid: Grid, max_shift: int) -> Tensor:
-    """The smallest shift at which a group's largest magnitude is no longer, in bits, than the grid's top level."""
-    length = _exponent(largest)  # of a positive integer: its bit length
-    return (length - grid.top.bit_length()).clamp_(0, max_shift).float()
-
-
-def _exponent(values: Tensor) -> Tensor:
-    """int32 e with 2**(e - 1) <= value < 2**e, of values >= 0; subnormal numbers and 0 have some e below -100."""
-    if values.dtype != torch.float32:
-        return torch.frexp(values).exponent
-    return (values.contiguous().view(torch.int32) >> 23) - 126  # a fifth of the time of frexp
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """float32 2**e of small whole numbers (a tenth of the time of exp2)."""
-    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
-
-
-def _columns(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Groups (g, n) as contiguous columns (n, g), which torch adds up and compares many at a time; and their largest magnitudes."""
-    columns = groups.t().contiguous()
-    return columns, columns.abs().amax(0)
-
-
-def _sum_columns(columns: Tensor) -> Tensor:
-    """The sum over the first axis, in pairs: the same for a column whatever stands beside it."""
-    while len(columns) > 1:
-        half = len(columns) // 2
-        pairs = columns[:half] + columns[half : 2 * half]
-        columns = pairs if len(columns) == 2 * half else torch.cat([pairs, columns[2 * half :]])
-    return columns[0]
-
-
-def _round_best(grid: Grid, max_shift: int, groups: Tensor, out: Tensor, shifts: Tensor) -> None:
-    """A larger shift can only help groups that saturate: below the top, a grid holds every level of the next coarser one."""
-    columns, largest = _columns(groups)
-    shift = _flag(largest, grid, max_shift)
-    levels = _round_shifted(columns, shift, grid)
-    full = _saturated(largest, shift, grid, max_shift)
-    if len(full):
-        exact, low = columns[:, full], levels[:, full]
-        high = _round_shifted(exact, shift[full] + 1, grid)
-        better = _sum_columns((high - exact).square_()) < _sum_columns((low - exact).square_())
-        levels[:, full] = torch.where(better, high, low)
-        shift[full] += better
-    out.copy_(levels.t())
-    shifts.copy_(shift)
-
-
-def _saturated(largest: Tensor, shift: Tensor, grid: Grid, max_shift: int) -> Tensor:
-    """Indices of the groups whose largest magnitude lies above the top level and which have a larger shift to go to."""
-    return ((largest > grid.top * _power_of_two(shift)) & (shift < max_shift)).nonzero().squeeze(1)
-
-
-def _cut(grid: Grid, max_shift: int, groups: Tensor, out: Tensor, shifts: Tensor) -> None:
-    flag = _flag(groups.abs().amax(-1, keepdim=True), grid, max_shift)
-    kept = (groups.abs() * torch.exp2(-flag)).floor_().clamp_(max=grid.top) * torch.exp2(flag)
-    out.copy_(kept.copysign(groups).add_(0.0))
-    shifts.copy_(flag.squeeze(-1))
-
-
-def _round_shifted(groups: Tensor, shift: Tensor, grid: Grid) -> Tensor:
-    return round_to_grid(groups * _power_of_two(-shift), grid).mul_(_power_of_two(shift))
-
-
-def round_units(units: Tensor, grid: Grid, max_shift: int, subgroup: int) -> Tensor:
-    """Nearest representable integers (float32), with shifts where `max_shift` is not 0."""
-    return round_with_shifts(units, grid, max_shift, subgroup)[0] if max_shift else round_to_grid(units, grid)
-
-
-def search_factors(max_shift: int) -> list[float]:
+def search_factors(spec: WeightSpec) -> list[float]:
     """What absmax scales are multiplied with in a search: float32 values."""
-    lowest, points = (0.5, SEARCH_POINTS // 2) if max_shift else (0.3, SEARCH_POINTS)
+    if spec.max_multiple:
+        return torch.tensor([1.0, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5], dtype=torch.float32, device="cpu").tolist()
+    lowest, points = (0.5, SEARCH_POINTS // 2) if spec.max_shift else (0.3, SEARCH_POINTS)
     return torch.linspace(1.0, lowest, points, dtype=torch.float32, device="cpu").tolist()
 
 
-def search_scale(rows: Tensor, grid: Grid, max_shift: int = 0, subgroup: int = 16, norm: float = 2.0) -> Tensor:
-    """Scale of each row that leaves the least sum of |error|**norm, among shrunken absmax scales.
+def search_scale(rows: Tensor, spec: WeightSpec) -> Tensor:
+    """Scale of each row that leaves the least sum of |error|**norm, among multiples of absmax scales.
 
-    Clipping a few large values buys finer steps for the rest. A grid with shifts repeats itself every factor of two, so one octave
-    is searched; other grids are searched down to 0.3 of the absmax scale (Lp shrink search).
+    Clipping a few large values buys finer steps for the rest, so grids are searched down to 0.3 of the absmax scale (Lp shrink
+    search). A grid with shifts repeats itself every factor of two: one octave will do. With multiples clipping hardly pays, but
+    each scale suits the small subgroups, with few multiples to choose from, differently; some of those tried are wider.
 
     Args:
         rows: float32 (r, n).
     Returns:
         float32 (r,).
     """
-    factors = search_factors(max_shift)
+    factors = search_factors(spec)
     step = max(1, CACHED_VALUES // max(1, rows.shape[-1]))
-    found = [_search_part(part, grid, max_shift, subgroup, norm, factors) for part in rows.split(step)]
+    found = [_search_part(part, spec, factors) for part in rows.split(step)]
     return torch.cat(found) if found else rows.new_ones(0)
 
 
-def _search_part(rows: Tensor, grid: Grid, max_shift: int, subgroup: int, norm: float, factors: list[float]) -> Tensor:
-    widest = absmax_scale(rows, grid.top << max_shift)
-    loss_of = _loss(rows, grid, max_shift, subgroup, norm)
+def _search_part(rows: Tensor, spec: WeightSpec, factors: list[float]) -> Tensor:
+    widest = absmax_scale(rows, spec.top)
+    loss_of = _loss(rows, spec)
     best, least = widest, torch.full_like(widest, torch.inf)
     for factor in factors:
         scale = widest * factor
@@ -208,32 +95,47 @@ def _search_part(rows: Tensor, grid: Grid, max_shift: int, subgroup: int, norm: 
     return best
 
 
-def _loss(rows: Tensor, grid: Grid, max_shift: int, subgroup: int, norm: float) -> Callable[[Tensor], Tensor]:
+def _loss(rows: Tensor, spec: WeightSpec) -> Callable[[Tensor], Tensor]:
     """The sum of |error|**norm of each row (r, n) as a function of its scale (r,).
 
-    Only the errors are computed, not the rounded values (`round_with_shifts`). Every operation is one of float32 and every sum in
-    a fixed order, in subgroups first: the C++ engine (csrc/weights.h) finds the same bits.
+    Only the errors are computed, not the rounded values (subgroups.py). Every operation is one of float32 and every sum in a fixed
+    order, in subgroups first: the C++ engine (csrc/weights.h) finds the same bits.
     """
-    groups = F.pad(rows, (0, -rows.shape[-1] % subgroup)).reshape(-1, subgroup)
-    columns, largest = _columns(groups)
-    width = -(-rows.shape[-1] // subgroup)
+    grid = get_grid(spec.grid)
+    groups = F.pad(rows, (0, -rows.shape[-1] % spec.subgroup)).reshape(-1, spec.subgroup)
+    columns, largest = columns_of(groups)
+    width = -(-rows.shape[-1] // spec.subgroup)
 
     def errors(units: Tensor, step: Tensor) -> Tensor:
         found = round_to_grid(units, grid).sub_(units).mul_(step)
-        return _sum_columns(found.square_() if norm == 2 else found.abs_().pow_(norm))
+        return sum_columns(found.square_() if spec.norm == 2 else found.abs_().pow_(spec.norm))
+
+    def with_shifts(scale: Tensor) -> Tensor:
+        peak = largest / scale
+        shift = flag(peak, grid, spec.max_shift)
+        step = scale * power_of_two(shift)
+        units = columns / step
+        found, full = errors(units, step), saturated(peak, shift, grid, spec.max_shift)
+        if len(full):
+            found[full] = torch.minimum(found[full], errors(units[:, full] * 0.5, step[full] * 2))
+        return found
+
+    def with_multiples(scale: Tensor) -> Tensor:
+        found = errors(columns / scale, scale)
+        for multiple in range(2, spec.max_multiple + 1):
+            step = scale * multiple
+            found = torch.minimum(found, errors(columns / step, step))
+        return found
 
     def loss(scale: Tensor) -> Tensor:
         each = scale[:, None].expand(-1, width).reshape(-1)
-        if not max_shift:
-            return _sum_columns(errors(columns / each, each).view(len(rows), width).t())
-        peak = largest / each
-        shift = _flag(peak, grid, max_shift)
-        step = each * _power_of_two(shift)
-        units = columns / step
-        found, full = errors(units, step), _saturated(peak, shift, grid, max_shift)
-        if len(full):
-            found[full] = torch.minimum(found[full], errors(units[:, full] * 0.5, step[full] * 2))
-        return _sum_columns(found.view(len(rows), width).t())
+        if spec.max_multiple:
+            found = with_multiples(each)
+        elif spec.max_shift:
+            found = with_shifts(each)
+        else:
+            found = errors(columns / each, each)
+        return sum_columns(found.view(len(rows), width).t())
 
     return loss
 
@@ -247,10 +149,7 @@ def weight_scale(matrix: Tensor, spec: WeightSpec) -> Tensor:
         float32 (O, 1), or (O, ceil(K / group)) where the spec has group scales.
     """
     grid, rows = get_grid(spec.grid), _groups(matrix, spec.group)
-    if spec.scale == "absmax":
-        scale = absmax_scale(rows, grid.top << spec.max_shift)
-    else:
-        scale = search_scale(rows, grid, spec.max_shift, spec.subgroup, spec.norm)
+    scale = absmax_scale(rows, spec.top) if spec.scale == "absmax" else search_scale(rows, spec)
     return round_group_scale(
         scale.view(matrix.shape[0], -1), rows.view(matrix.shape[0], -1, rows.shape[-1]), grid, spec.group_scale
     )
@@ -295,18 +194,22 @@ def spread(scale: Tensor, count: int, group: int) -> Tensor:
 
 @dataclass
 class QuantizedWeight:
-    """A weight matrix as stored: `levels` (float32 integers, shifts applied), `shift` (uint8 or None), `scale` (O, 1 or groups)."""
+    """A weight matrix as stored.
+
+    levels: float32 integers (O, K), multipliers applied. multiplier: uint8 (O, ceil(K / subgroup)), or None where there are none.
+    scale: float32 (O, 1), or of groups.
+    """
 
     levels: Tensor
-    shift: Tensor | None
+    multiplier: Tensor | None
     scale: Tensor
     spec: WeightSpec
 
     def codes(self) -> Tensor:
         """uint8 (O, K), one code a value."""
         levels = self.levels
-        if self.shift is not None:
-            levels = levels * _power_of_two(-spread(self.shift.to(torch.int32), levels.shape[-1], self.spec.subgroup))
+        if self.multiplier is not None:
+            levels = levels / spread(self.multiplier.float(), levels.shape[-1], self.spec.subgroup)
         return levels_to_codes(levels, get_grid(self.spec.grid))
 
     def dequantize(self) -> Tensor:
@@ -315,21 +218,26 @@ class QuantizedWeight:
 
 
 def quantize_weight(matrix: Tensor, scale: Tensor, spec: WeightSpec) -> QuantizedWeight:
-    """Nearest codes and shifts of a weight matrix (O, K) under given scales."""
+    """Nearest codes, and best multipliers, of a weight matrix (O, K) under given scales."""
     units = matrix.float() / spread(scale, matrix.shape[-1], spec.group)
+    return QuantizedWeight(*round_units(units, spec), scale, spec)
+
+
+def round_units(units: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor | None]:
+    """`levels` and `multiplier` of a QuantizedWeight, of finite weights in units of their scales: float32 (O, K)."""
     grid = get_grid(spec.grid)
+    if spec.max_multiple:
+        return round_with_best_multiples(units, grid, spec.max_multiple, spec.subgroup)
     if spec.max_shift:
         levels, shift = round_with_shifts(units, grid, spec.max_shift, spec.subgroup)
-        return QuantizedWeight(levels, shift, scale, spec)
-    return QuantizedWeight(round_to_grid(units, grid), None, scale, spec)
+        return levels, 1 << shift
+    return round_to_grid(units, grid), None
 
 
-def decode_weight(codes: Tensor, shift: Tensor | None, spec: WeightSpec) -> Tensor:
-    """Integers (float32, shifts applied) of codes (O, K) and shifts (O, ceil(K / subgroup))."""
+def decode_weight(codes: Tensor, multiplier: Tensor | None, spec: WeightSpec) -> Tensor:
+    """Integers (float32, multipliers applied) of codes (O, K) and multipliers (O, ceil(K / subgroup))."""
     levels = decode(codes, get_grid(spec.grid))
-    if shift is None:
-        return levels
-    return levels * torch.exp2(spread(shift.float(), levels.shape[-1], spec.subgroup))
+    return levels if multiplier is None else levels * spread(multiplier.float(), levels.shape[-1], spec.subgroup)
 
 
 @dataclass

@@ -22,12 +22,12 @@ def _check_shift(owner: str, grid: Grid, max_shift: int, subgroup: int) -> None:
         raise RecipeError(f"{owner}: subgroup must be 1 to 1024 values, got {subgroup}")
 
 
-def _check_multiple(grid: Grid, most: int, max_shift: int) -> None:
+def _check_multiple(owner: str, grid: Grid, most: int, max_shift: int) -> None:
     limit = min(16, grid.reach // grid.top) if grid.bits == 4 else 0  # 16: it is a nibble
     if most and (max_shift or not 2 <= most <= limit):
         allowed = f"2 to {limit}" if limit >= 2 else "none"
         raise RecipeError(
-            f"ActivationSpec: max_multiple of grid {grid.name!r} can be {allowed}, and only where max_shift is 0; "
+            f"{owner}: max_multiple of grid {grid.name!r} can be {allowed}, and only where max_shift is 0; "
             f"got {most}" + (f" with max_shift {max_shift}" if max_shift else "")
         )
 
@@ -42,11 +42,15 @@ def _check_group_scale(owner: str, group: int, scale: str) -> None:
 
 @dataclass(frozen=True)
 class WeightSpec(Fields):
-    """How the weights of a layer are stored: one float32 scale an output channel, codes of `grid`, shifts where asked."""
+    """How the weights of a layer are stored: one float32 scale an output channel, codes of `grid`, multipliers where asked.
+
+    A multiplier belongs to a subgroup: a power of two (`max_shift`) or any whole number (`max_multiple`). Its levels times it still
+    fit int8.
+    """
 
     grid: str = "int4"
-    max_shift: int = 0  # largest left shift of a subgroup; 0: no shifts are stored
-    subgroup: int = 16  # neighbouring values along K that share a shift
+    max_shift: int = 0  # largest left shift of a subgroup; 0: none
+    subgroup: int = 16  # neighbouring values along K that share a multiplier
     scale: Literal["absmax", "search"] = "search"  # absmax: the largest weight takes the top level; search: least Lp error
     norm: float = 2.0  # p of the searched error
     # gptq: errors are compensated along K; adaround: up or down is optimized for every weight. Both need calibration
@@ -54,24 +58,41 @@ class WeightSpec(Fields):
     group: int = 0  # values along K that share a scale; 0: the whole channel. Anything else is simulated only
     group_scale: GroupScale = "float32"  # what the scales of groups are rounded to
     sets: int = 1  # versions of the weights, chosen by timestep (healed by LoRAs that were)
+    max_multiple: int = 0  # largest whole number that a subgroup is multiplied with, in place of a shift; 0: none
 
     def _check(self) -> None:
         _check_shift("WeightSpec", get_grid(self.grid), self.max_shift, self.subgroup)
+        _check_multiple("WeightSpec", get_grid(self.grid), self.max_multiple, self.max_shift)
         if not 1 <= self.sets <= 255:
             raise RecipeError(f"WeightSpec: sets must be 1 to 255, got {self.sets}")
         if not get_grid(self.grid).signed:
             raise RecipeError(f"WeightSpec: weights need a signed grid, got {self.grid!r}")
-        if self.group and self.max_shift:
-            raise RecipeError("WeightSpec: group scales and shifts exclude each other; set group or max_shift to 0")
+        if self.group and self.has_multipliers:
+            raise RecipeError(
+                "WeightSpec: group scales and multipliers exclude each other; set group, or max_shift and max_multiple, to 0"
+            )
         _check_group_scale("WeightSpec", self.group, self.group_scale)
         if self.group < 0 or not 0 < self.norm < math.inf:
             raise RecipeError(f"WeightSpec: group must be >= 0 and norm a finite number > 0, got {self.group} and {self.norm}")
 
+    @property
+    def has_multipliers(self) -> bool:
+        """Whether each subgroup has a multiplier of its own."""
+        return bool(self.max_shift or self.max_multiple)
+
+    @property
+    def top(self) -> int:
+        """The largest integer that is stored: what the largest magnitude of a row maps to under its absmax scale."""
+        return get_grid(self.grid).top * largest_multiplier(self)
+
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight, of codes and multipliers of one set."""
+        return get_grid(self.grid).bits + (4 / self.subgroup if self.has_multipliers else 0)
+
     def describe(self) -> str:
-        """Such as `lzs4<<4/16`: shifts up to 4 for subgroups of 16; `int4 g64`: scales for groups of 64."""
-        return _describe(self.grid, self.max_shift, self.subgroup, self.group, self.group_scale) + (
-            f" x{self.sets}" if self.sets > 1 else ""
-        )
+        """Such as `lzs4<<4/16`: subgroups of 16, shifts to 4; `e2m1*10/16`: multiples to 10; `int4 g64`: scales of groups of 64."""
+        return _describe(self) + (f" x{self.sets}" if self.sets > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -98,7 +119,7 @@ class ActivationSpec(Fields):
     def _check(self) -> None:
         grid = get_grid(self.grid)
         _check_shift("ActivationSpec", grid, self.max_shift, self.subgroup)
-        _check_multiple(grid, self.max_multiple, self.max_shift)
+        _check_multiple("ActivationSpec", grid, self.max_multiple, self.max_shift)
         if self.zero_point == grid.signed:
             need = "needs a zero point" if self.zero_point is False else "cannot have a zero point"
             raise RecipeError(f"ActivationSpec: grid {self.grid!r} {need}; set zero_point to {not self.zero_point}")
@@ -116,12 +137,7 @@ class ActivationSpec(Fields):
     @property
     def top(self) -> int:
         """The integer that the largest magnitude (or range) maps to."""
-        return self.peak or get_grid(self.grid).top * self.largest_step
-
-    @property
-    def largest_step(self) -> int:
-        """What the levels of a subgroup are multiplied with at most."""
-        return self.max_multiple or 1 << self.max_shift
+        return self.peak or get_grid(self.grid).top * largest_multiplier(self)
 
     @property
     def two_stage(self) -> bool:
@@ -132,13 +148,21 @@ class ActivationSpec(Fields):
         zero = " +z" if self.zero_point else ""
         cut = " cut" if self.rounding == "truncate" else ""
         fixed = "" if self.scale == "dynamic" else f" {self.scale}"
-        name = self.grid + (f"*{self.max_multiple}/{self.subgroup}" if self.max_multiple else "")
-        return _describe(name, self.max_shift, self.subgroup, self.group, self.group_scale) + zero + cut + fixed
+        return _describe(self) + zero + cut + fixed
 
 
-def _describe(grid: str, max_shift: int, subgroup: int, group: int, scale: str) -> str:
-    shown = f" g{group}" + ("" if scale == "float32" else f" {scale}")
-    return grid + (f"<<{max_shift}/{subgroup}" if max_shift else "") + (shown if group else "")
+def largest_multiplier(spec: WeightSpec | ActivationSpec) -> int:
+    """What the levels of a subgroup are multiplied with at most."""
+    return spec.max_multiple or 1 << spec.max_shift
+
+
+def _describe(spec: WeightSpec | ActivationSpec) -> str:
+    text = spec.grid
+    if spec.max_shift or spec.max_multiple:
+        text += (f"*{spec.max_multiple}" if spec.max_multiple else f"<<{spec.max_shift}") + f"/{spec.subgroup}"
+    if spec.group:
+        text += f" g{spec.group}" + ("" if spec.group_scale == "float32" else f" {spec.group_scale}")
+    return text
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import torch
 
 from halfbyte.comfyui.layout import INT8, NVFP4, TENSORS, Matrix, fits, format_of, loss, mark, sizes, to_tiles
 from halfbyte.errors import ModelError
-from halfbyte.formats import get_grid
 from halfbyte.presets import PRESETS
 from halfbyte.quantizers import quantize_weight, weight_scale
 from halfbyte.recipe import ActivationSpec, LayerSpec, WeightSpec
@@ -104,8 +103,7 @@ def test_every_recipe_has_an_answer(name):
     assert (format_of(spec.weight) is None or spec.low_rank) == bool(loss(spec, smoothed=False))
     if spec.simulated_only() is None:
         assert format_of(spec.weight) == INT8
-        grid = get_grid(spec.weight.grid)
-        assert grid.top << spec.weight.max_shift <= 127
+        assert spec.weight.top <= 127
 
 
 LOSSES = {

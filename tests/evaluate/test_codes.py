@@ -17,7 +17,7 @@ from halfbyte.formats import get_grid
 from halfbyte.layers import FakeQuantLinear
 from halfbyte.presets import get_recipe
 from halfbyte.quantizers import FixedScale, quantize_activation, quantize_weight, weight_scale
-from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec
+from halfbyte.recipe import ActivationSpec, LayerSpec, Recipe, WeightSpec, largest_multiplier
 
 SPECS = {
     "int4": ActivationSpec("int4"),
@@ -92,7 +92,7 @@ def test_codes_and_shifts_give_the_levels_back(spec, monkeypatch):
         factor = np.where(levels.numpy() != 0, shifted / levels.numpy(), 1)
     assert set(np.unique(factor)) <= {*range(1, spec.max_multiple + 1)} | {2.0**shift for shift in range(spec.max_shift + 1)}
     assert ((levels.numpy() == 0) == (shifted == 0)).all()
-    assert shifted.min() >= (0 if spec.zero_point else -spec.largest_step * grid.top - 1)
+    assert shifted.min() >= (0 if spec.zero_point else -largest_multiplier(spec) * grid.top - 1)
 
 
 def test_entropy():

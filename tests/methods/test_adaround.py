@@ -30,6 +30,7 @@ SPECS = [
     *(WeightSpec(name) for name, grid in GRIDS.items() if grid.signed),
     *(WeightSpec(name, max_shift=grid.largest_shift) for name, grid in GRIDS.items() if grid.signed and grid.largest_shift),
     WeightSpec("lzs4", max_shift=2, subgroup=24),
+    WeightSpec("e2m1", max_multiple=10),
     WeightSpec("int4", group=24, scale="absmax"),
 ]
 NAMES = [f"{spec.describe()} {spec.scale}" for spec in SPECS]

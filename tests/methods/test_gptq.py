@@ -7,7 +7,7 @@ from torch import Tensor
 from halfbyte.errors import CalibrationError, NonFiniteError, RecipeError
 from halfbyte.formats import GRIDS, round_to_grid
 from halfbyte.methods.gptq import activation_order, gptq, inverse_factor
-from halfbyte.quantizers import quantize_weight, round_with_shifts, spread, weight_scale
+from halfbyte.quantizers import quantize_weight, round_units, spread, weight_scale
 from halfbyte.recipe import WeightSpec
 
 PLAIN = [WeightSpec(name) for name, grid in GRIDS.items() if grid.signed]
@@ -16,6 +16,9 @@ OTHERS = [
     WeightSpec("lzs4", max_shift=4, subgroup=32),
     WeightSpec("lzs4", max_shift=2, subgroup=24),
     WeightSpec("e2m1", max_shift=3, scale="absmax"),
+    WeightSpec("e2m1", max_multiple=10),
+    WeightSpec("lzs4", max_multiple=16, subgroup=24, scale="absmax"),
+    WeightSpec("int4", max_multiple=15, subgroup=32),
     WeightSpec("int4", group=64),
     WeightSpec("int4", group=24, scale="absmax"),
 ]
@@ -49,14 +52,13 @@ def obvious_gptq(matrix: Tensor, hessian: Tensor, spec: WeightSpec, scale: Tenso
     hessian = hessian + damp * hessian.diagonal().mean() * torch.eye(count, dtype=hessian.dtype)
     weights, rounded = matrix.double(), torch.zeros_like(matrix)
     scales = spread(scale, count, spec.group).expand_as(matrix)
-    steps = scales.clone()
+    multipliers = torch.ones_like(scales)
     for j in range(count):
-        if spec.max_shift and j % spec.subgroup == 0:
+        if spec.has_multipliers and j % spec.subgroup == 0:
             own = slice(j, min(j + spec.subgroup, count))
-            shift = round_with_shifts((weights / scales)[:, own].float(), grid, spec.max_shift, spec.subgroup)[1]
-            steps[:, own] = scales[:, own] * 2.0 ** shift.float()
-        levels = round_to_grid((weights[:, j] / steps[:, j]).float(), grid)
-        rounded[:, j] = (levels.clamp(min=-grid.top) if spec.max_shift else levels) * steps[:, j]
+            multipliers[:, own] = round_units((weights / scales)[:, own].float(), spec)[1].float()
+        levels = round_to_grid((weights[:, j] / scales[:, j]).float() / multipliers[:, j], grid) * multipliers[:, j]
+        rounded[:, j] = levels * scales[:, j]
         inverse = torch.linalg.inv(hessian[j:, j:])
         error = (weights[:, j] - rounded[:, j]) / inverse[0, 0]
         weights[:, j:] -= error[:, None] * inverse[0]
@@ -134,7 +136,7 @@ def test_dead_inputs_are_rounded_to_nearest(spec, order):
     result = gptq(matrix, hessian, spec, scale, order=order)
     rounded = nearest(matrix, scale, spec)
     assert cost(matrix, result, hessian) < 0.8 * cost(matrix, rounded, hessian)
-    if spec.max_shift:  # shifts of compensated neighbours may differ, so only the size of the error is known
+    if spec.has_multipliers:  # those of compensated neighbours may differ, so only the size of the error is known
         assert (result - matrix)[:, dead].square().mean() < 4 * (rounded - matrix).square().mean()
     else:
         assert torch.equal(result[:, dead], rounded[:, dead])

@@ -118,7 +118,7 @@ def test_the_steps_are_the_generic_quantizer(spec, channels):
 def test_paper_product_is_the_int8_product(spec, weight, channels):
     w = torch.randn(7, channels, generator=torch.Generator().manual_seed(1))
     stored = quantize_weight(w, weight_scale(w, weight), weight)
-    w_flags = None if stored.shift is None else stored.shift.to(torch.int32)
+    w_flags = None if stored.multiplier is None else stored.multiplier.log2().to(torch.int32)
     levels = stored.levels.to(torch.int32)
     w4 = levels if w_flags is None else levels >> w_flags.repeat_interleave(weight.subgroup, 1)[:, :channels]
     for kind, x in inputs(channels).items():

@@ -30,6 +30,8 @@ WEIGHTS = [
     for shift in sorted({0, grid.largest_shift})
 ]
 WEIGHTS += [WeightSpec("lzs4", max_shift=4, subgroup=32), WeightSpec("e2m1", max_shift=2, subgroup=7)]
+MULTIPLES = [("int4", 16, 16), ("lzs4", 16, 32), ("e1m2", 5, 24), ("e2m1", 10, 16), ("e2m1", 10, 7)]
+WEIGHTS += [WeightSpec(name, subgroup=subgroup, scale="absmax", max_multiple=most) for name, most, subgroup in MULTIPLES]
 ACTIVATIONS = [
     ActivationSpec(name, max_shift=shift, zero_point=not grid.signed)
     for name, grid in PACKABLE.items()
@@ -89,7 +91,7 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
 def pack(layer, spec=QUARTZ):
-    """A packed twin with random codes of its own, every one of them and every shift."""
+    """A packed twin with random codes of its own, every one of them and every multiplier."""
     made = pack_layer(FAKE_QUANT[type(layer)].from_float(layer.requires_grad_(False), spec))
     assert isinstance(made.plan, cpu.Plan), made.plan
     return made
@@ -200,7 +202,7 @@ def test_sets_of_weights_equal_the_reference(count):
     plain = [pack(nn.Linear(count, 20)) for _ in range(3)]
     packed = PACKED[nn.Linear].empty(layer, QUARTZ.replace(weight=QUARTZ.weight.replace(sets=3)))
     packed.weight_codes = torch.stack([one.weight_codes for one in plain])
-    packed.weight_shift = torch.stack([one.weight_shift for one in plain])
+    packed.weight_multiplier = torch.stack([one.weight_multiplier for one in plain])
     packed.weight_scale = plain[0].weight_scale
     codes, x = packed.weight_codes.clone(), torch.randn(3, count)
     for chosen in (0, 2, 1, 1):
@@ -264,24 +266,31 @@ def test_codes_come_back_bit_for_bit(weight, count):
     if GRIDS[weight.grid].bits == 4 and count % 2:
         codes[:, -1] &= 15
     packed.weight_codes = codes.clone()
-    if weight.max_shift:
-        groups = -(-count // weight.subgroup)
-        shifts = torch.randint(0, weight.max_shift + 1, (35, 2 * packed.weight_shift.shape[1]), dtype=torch.uint8)
-        shifts[:, groups:] = 0
-        packed.weight_shift = shifts[:, 0::2] | shifts[:, 1::2] << 4
-        shift = packed.weight_shift.clone()
+    if weight.has_multipliers:
+        groups, most = -(-count // weight.subgroup), weight.max_multiple or weight.max_shift + 1
+        nibbles = torch.randint(0, most, (35, 2 * packed.weight_multiplier.shape[1]), dtype=torch.uint8)
+        nibbles[:, groups:] = 0
+        packed.weight_multiplier = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+        multiplier = packed.weight_multiplier.clone()
     x = torch.randn(2, count)
     found = packed(x)
     assert packed._buffers["weight_codes"] is None
     assert torch.equal(packed.weight_codes, codes)
-    assert not weight.max_shift or torch.equal(packed.weight_shift, shift)
+    assert not weight.has_multipliers or torch.equal(packed.weight_multiplier, multiplier)
     assert torch.equal(found, reference(packed, x))
 
 
-def test_a_shift_that_is_too_large_is_refused():
-    packed = pack(nn.Linear(32, 4), LayerSpec(WeightSpec("lzs4", max_shift=3), ActivationSpec("int8")))
-    packed.weight_shift = torch.full_like(packed.weight_shift, 0x77)
-    with pytest.raises(PackedError, match="shift"):
+@pytest.mark.parametrize(
+    ("weight", "sentence"),
+    [
+        (WeightSpec("lzs4", max_shift=3), "a shift of 10 is beyond the layer's largest, 3"),
+        (WeightSpec("e2m1", max_multiple=10), "a multiple of 11 is beyond the layer's largest, 10"),
+    ],
+)
+def test_a_multiplier_that_is_too_large_is_refused(weight, sentence):
+    packed = pack(nn.Linear(32, 4), LayerSpec(weight, ActivationSpec("int8")))
+    packed.weight_multiplier = torch.full_like(packed.weight_multiplier, 0xAA)
+    with pytest.raises(PackedError, match=sentence):
         packed(torch.randn(1, 32))
 
 

@@ -56,13 +56,13 @@ def expect(packed, x):
 
 def holds(packed):
     """Which form a layer's codes are in."""
-    return {name for name in ("weight_codes", "weight_shift", "weight_tiles") if packed._buffers[name] is not None}
+    return {name for name in ("weight_codes", "weight_multiplier", "weight_tiles") if packed._buffers[name] is not None}
 
 
-NEUTRAL, TILES = {"weight_codes", "weight_shift"}, {"weight_tiles"}
+NEUTRAL, TILES = {"weight_codes", "weight_multiplier"}, {"weight_tiles"}
 READS = {
     "weight_codes": lambda packed: packed.weight_codes,
-    "weight_shift": lambda packed: packed.weight_shift,
+    "weight_multiplier": lambda packed: packed.weight_multiplier,
     "state_dict": lambda packed: packed.state_dict(),
     "levels": lambda packed: packed.levels(),
     "a move": lambda packed: packed.to("cpu"),
@@ -72,7 +72,7 @@ READS = {
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_codes_are_held_once(read):
     packed, x = linear(), torch.randn(3, 70)
-    codes, shift = packed.weight_codes.clone(), packed.weight_shift.clone()
+    codes, shift = packed.weight_codes.clone(), packed.weight_multiplier.clone()
     expected = expect(packed, x)
     for _ in range(2):
         assert holds(packed) == NEUTRAL
@@ -81,7 +81,7 @@ def test_codes_are_held_once(read):
         read(packed)
         assert holds(packed) == NEUTRAL
         assert torch.equal(packed.weight_codes, codes)
-        assert torch.equal(packed.weight_shift, shift)
+        assert torch.equal(packed.weight_multiplier, shift)
 
 
 def test_what_is_looked_at_often_leaves_the_tiles_alone():
@@ -109,13 +109,13 @@ def test_weights_in_memory_take_at_most_28_percent_of_bf16(layer):
 
 def assign(packed, other):
     packed.weight_codes = other.weight_codes.clone()
-    packed.weight_shift = other.weight_shift.clone()
+    packed.weight_multiplier = other.weight_multiplier.clone()
     packed.weight_scale = other.weight_scale.clone()
 
 
 def write_into(packed, other):
     packed.weight_codes.copy_(other.weight_codes)
-    packed.weight_shift.copy_(other.weight_shift)
+    packed.weight_multiplier.copy_(other.weight_multiplier)
     packed.weight_scale.copy_(other.weight_scale)
 
 
@@ -140,12 +140,12 @@ def test_new_codes_are_used(change):
 def test_one_new_tensor_keeps_the_other():
     packed, other, x = linear(), linear(seed=1), torch.randn(3, 70)
     packed(x)
-    shift = packed.weight_shift.clone()
+    shift = packed.weight_multiplier.clone()
     packed(x)
     packed.weight_codes = other.weight_codes.clone()
     found = packed(x)
     assert torch.equal(packed.weight_codes, other.weight_codes)
-    assert torch.equal(packed.weight_shift, shift)
+    assert torch.equal(packed.weight_multiplier, shift)
     assert torch.equal(found, expect(packed, x))
 
 
@@ -205,7 +205,7 @@ def test_many_threads_at_once():
     def read():
         start.wait()
         for _ in range(60):
-            if not torch.equal(packed.weight_codes, codes) or packed.state_dict()["weight_shift"] is None:
+            if not torch.equal(packed.weight_codes, codes) or packed.state_dict()["weight_multiplier"] is None:
                 faults.append("codes")
             other(inputs[0])
 

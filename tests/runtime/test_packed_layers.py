@@ -44,9 +44,10 @@ SIGNED = [name for name, grid in PACKABLE.items() if grid.signed]
 
 
 def specs():
-    """Every weight grid with and without shifts, beside every activation grid with and without shifts."""
+    """Every weight grid with and without multipliers, beside every activation grid with and without shifts."""
     weights = [WeightSpec(name, max_shift=shift, scale="absmax") for name in SIGNED for shift in {0, GRIDS[name].largest_shift}]
     weights += [WeightSpec("lzs4", max_shift=4, subgroup=7), WeightSpec("int8")]
+    weights += [WeightSpec("e2m1", max_multiple=10), WeightSpec("lzs4", max_multiple=16, subgroup=7)]
     activations = [None]
     for name, grid in PACKABLE.items():
         activations.append(ActivationSpec(name, zero_point=not grid.signed))
@@ -232,7 +233,7 @@ def test_copies_and_state_dicts_hold_everything(name):
     assert torch.equal(twin(x), packed(x))
     assert twin.weight_codes is not packed.weight_codes
     state = packed.state_dict()
-    assert set(state) == {"weight_codes", "weight_scale", "weight_shift", *(["bias"] if layer.bias is not None else [])}
+    assert set(state) == {"weight_codes", "weight_scale", "weight_multiplier", *(["bias"] if layer.bias is not None else [])}
     other = PACKED[type(layer)].empty(make(name, seed=1)[0], SPEC)
     other.load_state_dict(state)
     assert torch.equal(other(x), packed(x))
@@ -259,7 +260,7 @@ def test_the_bytes_by_hand():
     spec = LayerSpec(WeightSpec("lzs4", max_shift=4, subgroup=2))
     packed = pack_layer(FAKE_QUANT[nn.Linear].from_float(layer, spec, torch.ones(1, 1)))
     assert packed.weight_codes.tolist() == [[0xA1, 0xC7, 0x06]]
-    assert torch.equal(packed.weight_shift, pack_nibbles(torch.tensor([[0, 2, 4]], dtype=torch.uint8)))
+    assert torch.equal(packed.weight_multiplier, pack_nibbles(torch.tensor([[0, 2, 4]], dtype=torch.uint8)))
     assert packed.levels().tolist() == layer.weight.data.tolist()
 
 

@@ -28,6 +28,7 @@ WEIGHTS = [
     for shift in sorted({0, grid.largest_shift})
 ]
 WEIGHTS += [WeightSpec("lzs4", max_shift=4, subgroup=32, scale="absmax")]
+WEIGHTS += [WeightSpec(name, scale="absmax", max_multiple=most) for name, most in (("int4", 16), ("lzs4", 16), ("e2m1", 10))]
 ACTIVATIONS = [
     ActivationSpec(name, max_shift=shift, zero_point=not grid.signed)
     for name, grid in PACKABLE.items()
@@ -130,20 +131,21 @@ def test_every_grid_on_a_linear_layer(spec):
 @pytest.mark.parametrize(("gelu", "approximate"), [(1, "none"), (2, "tanh")])
 def test_a_gelu_after_the_product(gelu, approximate):
     packed, inputs = make("linear even")
-    codes, shifts = packed.neutral()
+    codes, multipliers = packed.neutral()
     for x in inputs:
         for dtype in FLOATS:
             if dtype == torch.bfloat16 and DEVICE == "cpu":
                 continue  # cut off by the interpreter, twice
             y = packed(x.to(dtype))
-            arguments = x.to(dtype), codes, shifts, packed.weight_scale, packed.bias, packed.gpu_plan.grids
+            arguments = x.to(dtype), codes, multipliers, packed.weight_scale, packed.bias, packed.gpu_plan.grids
             found = torch.ops.halfbyte.triton_linear(*arguments, gelu=gelu)
             torch.testing.assert_close(found, nn.functional.gelu(y, approximate=approximate), rtol=1e-3, atol=1e-5)
 
 
 def test_codes_in_any_order_of_bits():
-    """Codes that rounding never makes (-0, and -8 with shifts) decode as in the reference."""
-    for weight in (WeightSpec("lzs4", max_shift=4), WeightSpec("int4"), WeightSpec("lzs4", max_shift=4, subgroup=32)):
+    """Codes that rounding never makes (-0, and -8 with multipliers) decode as in the reference."""
+    multiples = WeightSpec("lzs4", max_multiple=16), WeightSpec("e2m1", max_multiple=10)
+    for weight in (WeightSpec("lzs4", max_shift=4), WeightSpec("int4"), WeightSpec("lzs4", max_shift=4, subgroup=32), *multiples):
         packed, inputs = make("linear even", LayerSpec(weight.replace(scale="absmax"), ActivationSpec("int8")))
         draw = torch.Generator().manual_seed(1)
         packed.weight_codes = torch.randint(256, packed.weight_codes.shape, generator=draw).to(torch.uint8).to(DEVICE)
@@ -254,7 +256,7 @@ def test_several_sets_of_weights():
     spec = LayerSpec(WeightSpec("lzs4", max_shift=4, sets=2), ActivationSpec("int8"))
     packed = PACKED[nn.Linear].empty(nn.Linear(40, 12), spec, timesteps=1)
     draw = torch.Generator().manual_seed(0)
-    for name, top in (("weight_codes", 256), ("weight_shift", 4)):
+    for name, top in (("weight_codes", 256), ("weight_multiplier", 4)):
         getattr(packed, name).copy_(torch.randint(top, getattr(packed, name).shape, generator=draw).to(torch.uint8))
     packed.weight_scale.fill_(0.1)
     packed.to(DEVICE)

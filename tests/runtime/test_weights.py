@@ -1,4 +1,4 @@
-"""The engine's scales, codes and shifts are those of plain torch, bit for bit, on every instruction set."""
+"""The engine's scales, codes and multipliers are those of plain torch, bit for bit, on every instruction set."""
 
 import itertools
 
@@ -26,6 +26,10 @@ SPECS = {
         *(WeightSpec("e2m1", 3, subgroup) for subgroup in (16, 32)),
         *(WeightSpec(grid) for grid in ("int4", "lzs4", "e1m2", "e2m1", "e3m0", "int8")),
         WeightSpec("int4", subgroup=48),
+        *(WeightSpec("e2m1", subgroup=subgroup, max_multiple=10) for subgroup in (16, 32, 7)),
+        *(WeightSpec(grid, max_multiple=16) for grid in ("lzs4", "int4")),
+        WeightSpec("e2m1", scale="absmax", max_multiple=10),
+        WeightSpec("e1m2", subgroup=24, max_multiple=3),
         WeightSpec("int8", scale="absmax"),
     )
 }
@@ -114,14 +118,17 @@ def test_any_strides_any_number_of_threads_and_inference_mode():
 
 def test_the_engine_refuses_what_does_not_fit():
     matrix, scale, codes = torch.ones(2, 20), torch.ones(2, 1), torch.empty(2, 10, dtype=torch.uint8)
+    plain = engine.weight_format(WeightSpec("int4"))
     with pytest.raises(ValueError, match="20 bytes of codes; got 18"):
-        engine.round_weights(matrix, "int4", 0, 16, scale, codes[:, :9].contiguous(), None)
-    with pytest.raises(ValueError, match="4 bytes of shifts; got 0"):
-        engine.round_weights(matrix, "lzs4", 4, 8, scale, codes, None)
+        engine.round_weights(matrix, plain, scale, codes[:, :9].contiguous(), None)
+    with pytest.raises(ValueError, match="4 bytes of multipliers; got 0"):
+        engine.round_weights(matrix, engine.weight_format(WeightSpec("lzs4", 4, 8)), scale, codes, None)
     with pytest.raises(ValueError, match="2 rows and 1 scales"):
-        engine.round_weights(matrix, "int4", 0, 16, scale[:1], codes, None)
-    with pytest.raises(ValueError, match="cannot be shifted by 1"):
-        engine.search_scales(matrix, "int4", 1, 16, [1.0])
+        engine.round_weights(matrix, plain, scale[:1], codes, None)
+    with pytest.raises(ValueError, match="int4 cannot carry shifts up to 1"):
+        engine.search_scales(matrix, (plain[0], 1, 16, 0), [1.0])
+    with pytest.raises(ValueError, match="int4 cannot carry multiples up to 17"):
+        engine.search_scales(matrix, (plain[0], 0, 16, 17), [1.0])
 
 
 @pytest.mark.parametrize("spec", [WeightSpec("lzs4", 4), WeightSpec("e2m1", norm=2.4), WeightSpec("int8", scale="absmax")])

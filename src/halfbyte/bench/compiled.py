@@ -77,12 +77,13 @@ class Kernel:
 
 
 def specs() -> tuple[list[WeightSpec], list[ActivationSpec]]:
-    """One of every packable grid, with and without its shifts; and inputs with multiples."""
+    """One of every packable grid, with and without its shifts; and some with multiples."""
     packable = [grid for grid in GRIDS.values() if not grid.simulated_only]
     shifts = {grid.name: sorted({0, grid.largest_shift}) for grid in packable}
     weights = [WeightSpec(grid.name, max_shift=shift) for grid in packable if grid.signed for shift in shifts[grid.name]]
     inputs = [ActivationSpec(grid.name, max_shift=s, zero_point=not grid.signed) for grid in packable for s in shifts[grid.name]]
     multiples = [("e2m1", 10), ("ue1m3", 16), ("lzs4", 16), ("ue2m2", 9)]
+    weights += [WeightSpec(name, max_multiple=most) for name, most in multiples if not name.startswith("u")]
     multiplied = [ActivationSpec(name, max_multiple=most, zero_point=name.startswith("u")) for name, most in multiples]
     return weights, multiplied + inputs
 
@@ -143,10 +144,11 @@ def _input(spec: ActivationSpec) -> tuple[Any, ...]:
 
 
 def _packed(spec: WeightSpec, outputs: int, count: int) -> launches.Weights:
-    grid = launches.WeightGrid(*gpu.weight_numbers(spec))
+    bits, table, subgroup, multiples = gpu.weight_numbers(spec)
+    grid = launches.WeightGrid(bits, table, subgroup, bool(multiples))
     codes = _tensor(outputs, -(-count // 2) if grid.bits == 4 else count, dtype=torch.uint8)
-    shifts = _tensor(outputs, -(-count // grid.subgroup // 2), dtype=torch.uint8) if grid.subgroup else None
-    return launches.Weights(codes, shifts, _tensor(outputs, 1, dtype=torch.float32), _tensor(outputs), grid)
+    multipliers = _tensor(outputs, -(-count // grid.subgroup // 2), dtype=torch.uint8) if grid.subgroup else None
+    return launches.Weights(codes, multipliers, _tensor(outputs, 1, dtype=torch.float32), _tensor(outputs), grid)
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -197,7 +199,7 @@ def _examined(kernel: Any, target: str, options: dict[str, Any]) -> Kernel:
     blocks = "x".join(str(options[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK") if key in options)
     grids = [
         f"{key.lower()}={options[key]}"
-        for key in ("BITS", "TABLE", "SUBGROUP", "SIGNED", "TOP", "MAX_SHIFT", "MAX_MULTIPLE", "IMAGES")
+        for key in ("BITS", "TABLE", "SUBGROUP", "MULTIPLES", "SIGNED", "TOP", "MAX_SHIFT", "MAX_MULTIPLE", "IMAGES")
         if key in options
     ]
     return Kernel(

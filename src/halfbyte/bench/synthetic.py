@@ -13,14 +13,15 @@ from halfbyte.runtime.layers import PACKED, Packed, install
 
 
 def fill(layer: Packed) -> None:
-    """Give a packed layer random codes, allowed shifts, and scales that keep outputs near the size of inputs."""
+    """Give a packed layer random codes, allowed multipliers, and scales that keep outputs near the size of inputs."""
     inner: Any = layer
     rows, count = matrix_shape(inner)
     layer.weight_codes = torch.randint(0, 256, layer.weight_codes.shape, dtype=torch.uint8)
     layer.weight_scale = torch.full((rows, 1), 0.03 / max(count, 1) ** 0.5)
-    if layer.weight_shift is not None:
-        low, high = (torch.randint(0, layer.spec.weight.max_shift + 1, layer.weight_shift.shape, dtype=torch.uint8) for _ in "lh")
-        layer.weight_shift = low | high << 4
+    if layer.weight_multiplier is not None:
+        count = layer.spec.weight.max_multiple or layer.spec.weight.max_shift + 1
+        low, high = (torch.randint(0, count, layer.weight_multiplier.shape, dtype=torch.uint8) for _ in "lh")
+        layer.weight_multiplier = low | high << 4
 
 
 def packed_twin(layer: Quantizable, spec: LayerSpec) -> Any:

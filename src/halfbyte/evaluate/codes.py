@@ -22,13 +22,12 @@ from halfbyte.quantizers import (
     minmax_scale,
     quantize_activation,
     quantize_weight,
-    round_with_multiples,
-    round_with_shifts,
     spread,
     weight_scale,
 )
-from halfbyte.recipe import ActivationSpec
+from halfbyte.recipe import ActivationSpec, largest_multiplier
 from halfbyte.splitting import owner_of
+from halfbyte.subgroups import round_with_multiples, round_with_shifts
 
 BINS = 64
 MOST_BITS = 6  # of grids that are looked at
@@ -52,7 +51,7 @@ class InputCodes:
 
     def __init__(self, spec: ActivationSpec) -> None:
         self.spec, self.grid = spec, get_grid(spec.grid)
-        levels = sorted(level * spec.largest_step for level in self.grid.levels)
+        levels = sorted(level * largest_multiplier(spec) for level in self.grid.levels)
         self.ends = levels[0] - (levels[1] - levels[0]) / 2, levels[-1] + (levels[-1] - levels[-2]) / 2
         beyond = MARGIN * (levels[-1] - levels[0]) if spec.scale != "dynamic" else 0.0
         self.low, self.high = self.ends[0] - beyond, max(self.ends[1] + beyond, spec.peak)

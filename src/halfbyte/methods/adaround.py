@@ -18,7 +18,7 @@ of all timesteps in it. So the loss needs no mini-batches; nothing is random, an
 do not depend on each other. Each has its error measured in units of what rounding to nearest costs it, and each goes on with the
 better of the two: AdaRound is never worse than nearest on the inputs it has seen.
 
-Scales (and shifts) are fixed beforehand. Everything returned is a fixed point of `quantizers.quantize_weight`.
+Scales (and multipliers) are fixed beforehand. Everything returned is a fixed point of `quantizers.quantize_weight`.
 
 Source: Nagel et al., "Up or down? Adaptive rounding for post-training quantization", arXiv 2004.10568, section 3.3; the schedule of
 beta is that of Li et al., "BRECQ", arXiv 2102.05426.
@@ -118,18 +118,18 @@ class SoftRounding:
 def neighbours(matrix: Tensor, scale: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
     """The representable values on both sides of every weight; the outermost two where it lies beyond them.
 
-    Shifts are those of rounding to nearest, so a subgroup keeps its step.
+    Multipliers are those of rounding to nearest, so a subgroup keeps its step.
 
     Returns:
         float32 (O, K), float32 (O, K): low < high.
     """
     nearest = quantize_weight(matrix, scale, spec)
-    steps = spread(scale, matrix.shape[1], spec.group).expand(matrix.shape)
-    if nearest.shift is not None:
-        steps = steps * torch.exp2(spread(nearest.shift.float(), matrix.shape[1], spec.subgroup))
+    scales, own = spread(scale, matrix.shape[1], spec.group), torch.ones((), device=matrix.device)
+    if nearest.multiplier is not None:
+        own = spread(nearest.multiplier.float(), matrix.shape[1], spec.subgroup)
     levels = torch.tensor(sorted(set(get_grid(spec.grid).levels)), device=matrix.device)
-    above = torch.bucketize((matrix / steps).contiguous(), levels, right=True).clamp(1, len(levels) - 1)
-    return levels[above - 1] * steps, levels[above] * steps
+    above = torch.bucketize((matrix / scales / own).contiguous(), levels, right=True).clamp(1, len(levels) - 1)
+    return levels[above - 1] * own * scales, levels[above] * own * scales
 
 
 def regularizer(share: Tensor, beta: float) -> Tensor:

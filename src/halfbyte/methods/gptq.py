@@ -9,7 +9,7 @@ error to later columns so that the outputs change least (the optimal brain surge
 and the cost above becomes the plain sum of e_j**2, so each column pays for its own rounding and no more. Updates of columns beyond
 the current block are collected and applied once a block, as one matrix product.
 
-Grids with shifts need a decision ahead of the rounding: when the sweep reaches the first column of a subgroup, its shift is chosen
+Multipliers need a decision ahead of the rounding: when the sweep reaches the first column of a subgroup, its multiplier is chosen
 from the weights as compensated so far, and holds for all columns of the subgroup. Scales are fixed beforehand.
 
 Order matters: a column rounded late has fewer left to make up for it. "activation" order rounds inputs of much energy first, which
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from halfbyte.errors import CalibrationError, NonFiniteError, RecipeError
 from halfbyte.formats import get_grid, round_to_grid
-from halfbyte.quantizers import round_with_shifts, spread
+from halfbyte.quantizers import round_units, spread
 from halfbyte.recipe import WeightSpec
 
 FALLBACK_DAMPS = (1e-3, 1e-2, 1e-1, 1.0)  # tried in turn, those above the one asked for, where the Hessian has no Cholesky factor
@@ -55,7 +55,7 @@ def gptq(
         hessian: float32 or float64 (K, K), sum of x x^T over calibration rows. Its type is the type of the arithmetic.
         scale: float32 (O, 1), or (O, ceil(K / group)) where the spec has group scales.
         damp: part of the mean diagonal that is added to the diagonal, 0 to 1. Raised where the factorization fails.
-        block: columns updated at once; rounded to whole subgroups where the spec has shifts.
+        block: columns updated at once; rounded to whole subgroups where the spec has multipliers.
         order: of the columns in the sweep: as they come, or those of large diagonal first (see `activation_order`).
         name: the layer, for messages.
     Returns:
@@ -79,7 +79,7 @@ def gptq(
 
 
 def activation_order(energy: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
-    """An order of the columns by falling energy in which those that share a shift or a scale stay together.
+    """An order of the columns by falling energy in which those that share a multiplier or a scale stay together.
 
     Whole runs (subgroups, groups, or single columns) are sorted by their sums, and columns within their run; a short last run
     stays last.
@@ -89,7 +89,7 @@ def activation_order(energy: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
     Returns:
         int64 (K,) column indices, and int64 indices of the runs.
     """
-    count, run = len(energy), spec.group or (spec.subgroup if spec.max_shift else 1)
+    count, run = len(energy), spec.group or (spec.subgroup if spec.has_multipliers else 1)
     grouped = F.pad(energy, (0, -count % run), value=-1.0).view(-1, run)
     totals = grouped.clamp(min=0).sum(-1)
     if count % run:
@@ -104,7 +104,7 @@ def activation_order(energy: Tensor, spec: WeightSpec) -> tuple[Tensor, Tensor]:
 
 def _compensate(matrix: Tensor, factor: Tensor, spec: WeightSpec, scale: Tensor, block: int) -> Tensor:
     """The sweep over all columns in the order given, block by block; float32 (O, K)."""
-    if spec.max_shift:
+    if spec.has_multipliers:
         block = max(block // spec.subgroup, 1) * spec.subgroup
     columns = matrix.T.to(factor.dtype, memory_format=torch.contiguous_format, copy=True)  # (K, O): a column of weights a row
     scales = spread(scale.float(), len(columns), spec.group).T.expand(columns.shape)
@@ -174,16 +174,19 @@ def _sweep(columns: Tensor, factor: Tensor, scales: Tensor, spec: WeightSpec, ro
         The errors e (k, O), for the blocks to come.
     """
     grid = get_grid(spec.grid)
-    errors = torch.empty_like(columns)
-    steps = scales
+    errors, multiplier = torch.empty_like(columns), None
     for j, column in enumerate(columns):
-        if spec.max_shift and j % spec.subgroup == 0:
+        if spec.has_multipliers and j % spec.subgroup == 0:
             ahead = slice(j, j + spec.subgroup)
             units = (columns[ahead] / scales[ahead]).T.float().contiguous()
-            shift = round_with_shifts(units, grid, spec.max_shift, spec.subgroup)[1].T
-            steps = scales * torch.exp2(shift.float())
-        levels = round_to_grid((column / steps[j]).float(), grid)
-        torch.mul(levels, steps[j], out=rounded[j])
+            multiplier = round_units(units, spec)[1]
+        units = (column / scales[j]).float()
+        if multiplier is None:
+            levels = round_to_grid(units, grid)
+        else:
+            own = multiplier[:, 0]
+            levels = round_to_grid(units / own, grid) * own
+        torch.mul(levels, scales[j], out=rounded[j])
         errors[j] = (column - rounded[j]) / factor[j, j]
         columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
     return errors

@@ -15,8 +15,9 @@ from halfbyte.calibration import InputStatistics
 from halfbyte.errors import CalibrationError
 from halfbyte.formats import Grid, get_grid, round_to_grid
 from halfbyte.layers import GridChoice
-from halfbyte.quantizers import CACHED_VALUES, FixedScale, absmax_scale, quantize_weight, weight_scale
+from halfbyte.quantizers import FixedScale, absmax_scale, quantize_weight, weight_scale
 from halfbyte.recipe import ActivationSpec, GridSearch, LayerSpec, WeightSpec
+from halfbyte.subgroups import CACHED_VALUES
 
 LEAST, MOST = 0.1, 1.2  # of the range of the data: where maxval is searched (Kuzmin et al. 2022)
 POINTS = 111  # scales tried where no search says how many

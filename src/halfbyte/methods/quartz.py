@@ -22,7 +22,7 @@ the multiplication gives the same integers, which is how the kernels here do it:
 and one int8 product does the rest. `paper_product` is the former, `restore` with a plain integer product the latter; that they
 agree is a test.
 
-**What it maps to.** stage1 is `quantizers.quantize_activation` on an 8-bit grid; suppress is `quantizers.round_with_shifts`; both
+**What it maps to.** stage1 is `quantizers.quantize_activation` on an 8-bit grid; suppress is `subgroups.round_with_shifts`; both
 at once is `quantize_activation` with a shifted grid. Nothing in this module rounds by itself.
 
 **Variants**, as presets of `recipe.PRESETS`:
@@ -47,8 +47,9 @@ from torch import Tensor
 
 from halfbyte.errors import RecipeError
 from halfbyte.formats import get_grid
-from halfbyte.quantizers import minmax_scale, quantize_activation, round_with_shifts, spread
+from halfbyte.quantizers import minmax_scale, quantize_activation, spread
 from halfbyte.recipe import ActivationSpec, WeightSpec
+from halfbyte.subgroups import round_with_shifts
 
 
 class Stage1(NamedTuple):

@@ -23,6 +23,7 @@ class Plan(Geometry):
     """How the engine runs one layer."""
 
     format: tuple[int, ...]  # of the input: grid code, max_shift, subgroup, top, truncate, max_multiple
+    weights: tuple[int, ...]  # `engine.weight_format`
 
 
 def hindrance_of(spec: LayerSpec) -> str | None:
@@ -41,7 +42,7 @@ def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
     if matrix_shape(layer)[1] > engine.longest_k():
         return f"its dot products are longer than {engine.longest_k()}"
     found = geometry_of(layer)
-    return Plan(found.sizes, found.grow, found.grow_mode, _input_format(spec.activation))
+    return Plan(found.sizes, found.grow, found.grow_mode, _input_format(spec.activation), engine.weight_format(spec.weight))
 
 
 def _input_format(spec: ActivationSpec) -> tuple[int, ...]:
@@ -50,39 +51,39 @@ def _input_format(spec: ActivationSpec) -> tuple[int, ...]:
 
 
 def make_tiles(layer: Any) -> Tensor:
-    """A layer's codes and shifts in the order the engine reads them: uint8 (bytes,), or (sets, bytes).
+    """A layer's codes and multipliers in the order the engine reads them: uint8 (bytes,), or (sets, bytes).
 
     Raises:
         CorruptError: when they have the wrong sizes. PackedError: when the engine cannot use them.
     """
     weight, (_, count) = layer.spec.weight, matrix_shape(layer)
-    codes, shifts = layer.weight_codes, layer.weight_shift
+    codes, multipliers = layer.weight_codes, layer.weight_multiplier
     check_rows(codes, count, get_grid(weight.grid).bits)
-    if shifts is not None:
-        check_rows(shifts, -(-count // weight.subgroup), 4)
-    return reorder(engine.pack, codes, shifts, layer)
+    if multipliers is not None:
+        check_rows(multipliers, -(-count // weight.subgroup), 4)
+    return reorder(engine.pack, codes, multipliers, layer)
 
 
-def reorder(pack: Callable[..., Tensor], codes: Tensor, shifts: Tensor | None, layer: Any) -> Tensor:
+def reorder(pack: Callable[..., Tensor], codes: Tensor, multipliers: Tensor | None, layer: Any) -> Tensor:
     """The codes of a layer, or of each of its sets, through `pack` (the engine's, or the operator that is traced)."""
     weight = layer.spec.weight
-    arguments = layer.plan.sizes, get_grid(weight.grid).name, weight.max_shift, weight.subgroup
+    arguments = layer.plan.sizes, layer.plan.weights
     if weight.sets == 1:
-        return pack(codes, shifts, *arguments)
-    return torch.stack([pack(codes[i], None if shifts is None else shifts[i], *arguments) for i in range(weight.sets)])
+        return pack(codes, multipliers, *arguments)
+    return torch.stack([pack(codes[i], None if multipliers is None else multipliers[i], *arguments) for i in range(weight.sets)])
 
 
 def from_tiles(layer: Any, tiles: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The inverse of `make_tiles`: `weight_codes` and `weight_shift`, bit for bit."""
+    """The inverse of `make_tiles`: `weight_codes` and `weight_multiplier`, bit for bit."""
     shapes = layer.stored_shapes()
     codes = torch.empty(shapes["weight_codes"][0], dtype=torch.uint8)
-    shifts = torch.empty(shapes["weight_shift"][0], dtype=torch.uint8) if "weight_shift" in shapes else None
+    multipliers = torch.empty(shapes["weight_multiplier"][0], dtype=torch.uint8) if "weight_multiplier" in shapes else None
     if layer.spec.weight.sets == 1:
-        engine.unpack(tiles, codes, shifts)
+        engine.unpack(tiles, codes, multipliers)
     else:
         for i, one in enumerate(tiles):
-            engine.unpack(one, codes[i], None if shifts is None else shifts[i])
-    return codes, shifts
+            engine.unpack(one, codes[i], None if multipliers is None else multipliers[i])
+    return codes, multipliers
 
 
 def forward(layer: Any, plan: Plan, x: Tensor, chosen: int = 0, fixed: FixedScale | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
     halfbyte::linear    x (..., K)        -> (..., N)             in the dtype of x
     halfbyte::conv2d    x (B, C, H, W)    -> (B, N, H', W')       in the dtype of x; channels-last or contiguous, as asked
-    halfbyte::pack      codes, shifts     -> (bytes,)             uint8: the weights of both, re-ordered
+    halfbyte::pack      codes, multipliers  -> (bytes,)          uint8: the weights of both, re-ordered
 
 The first two quantize their input, multiply exactly in integers with weights that stay 4-bit in memory, scale and add the bias.
 A row of a linear input, or an image of a convolution, that holds a NaN or an infinity comes out as NaN, and no other does.
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import HalfbyteError, PackedError
+from halfbyte.formats import get_grid
+from halfbyte.recipe import WeightSpec
 from halfbyte.runtime.geometry import output_size
 
 try:
@@ -115,58 +117,63 @@ torch.library.register_fake("halfbyte::conv2d", _conv2d_output, lib=LIBRARY)
 linear, conv2d = torch.ops.halfbyte.linear.default, torch.ops.halfbyte.conv2d.default
 
 
-def pack(codes: Tensor, shifts: Tensor | None, sizes: Sequence[int], grid: str, max_shift: int, subgroup: int) -> Tensor:
-    """Codes and shifts in the order the engine reads: uint8 (bytes,), which describe themselves.
+def weight_format(spec: WeightSpec) -> tuple[int, ...]:
+    """A weight spec as the functions below take it: grid code, max_shift, subgroup, max_multiple."""
+    return grid_code(get_grid(spec.grid).name), spec.max_shift, spec.subgroup, spec.max_multiple
+
+
+def pack(codes: Tensor, multipliers: Tensor | None, sizes: Sequence[int], form: Sequence[int]) -> Tensor:
+    """Codes and multipliers in the order the engine reads: uint8 (bytes,), which describe themselves.
 
     Args:
-        codes, shifts: as docs/format.md has them. sizes: of the layer (`cpu.Plan`).
+        codes, multipliers: as docs/format.md has them. sizes: of the layer (`cpu.Plan`). form: a `weight_format`.
     Raises:
-        PackedError: when they are not on the CPU, have another size than the layer asks for, or a shift is too large.
+        PackedError: when they are not on the CPU, have another size than the layer asks for, or a multiplier is too large.
     """
     if codes.device.type != "cpu":
         raise PackedError(f"the input is on the CPU and the layer's codes are on {codes.device}; move the model with .to('cpu')")
     with torch.inference_mode(False):
         try:
-            tiles = torch.empty(_engine.packed_bytes(sizes, grid, max_shift, subgroup), dtype=torch.uint8)
-            stored = codes.contiguous(), None if shifts is None else shifts.contiguous()
-            _engine.pack(sizes, grid, max_shift, subgroup, *stored, tiles, torch.get_num_threads())
+            tiles = torch.empty(_engine.packed_bytes(sizes, form), dtype=torch.uint8)
+            stored = codes.contiguous(), None if multipliers is None else multipliers.contiguous()
+            _engine.pack(sizes, form, *stored, tiles, torch.get_num_threads())
         except ValueError as error:
             raise PackedError(f"the stored codes cannot be used: {error}") from error
     return tiles
 
 
-def _pack_output(codes: Tensor, _shifts: Tensor | None, *weight: Any) -> Tensor:
+def _pack_output(codes: Tensor, _multipliers: Tensor | None, *weight: Any) -> Tensor:
     return codes.new_empty(_engine.packed_bytes(*weight))
 
 
-LIBRARY.define("pack(Tensor codes, Tensor? shifts, int[] sizes, str grid, int max_shift, int subgroup) -> Tensor")
+LIBRARY.define("pack(Tensor codes, Tensor? multipliers, int[] sizes, int[] form) -> Tensor")
 LIBRARY.impl("pack", pack, "CPU")
 torch.library.register_fake("halfbyte::pack", _pack_output, lib=LIBRARY)
 
 
-def unpack(tiles: Tensor, codes: Tensor, shifts: Tensor | None) -> None:
+def unpack(tiles: Tensor, codes: Tensor, multipliers: Tensor | None) -> None:
     """The inverse of `pack`, into tensors of the right sizes."""
-    _engine.unpack(tiles.cpu(), codes, shifts)
+    _engine.unpack(tiles.cpu(), codes, multipliers)
 
 
-def search_scales(matrix: Tensor, grid: str, max_shift: int, subgroup: int, factors: Sequence[float]) -> Tensor:
+def search_scales(matrix: Tensor, form: Sequence[int], factors: Sequence[float]) -> Tensor:
     """`quantizers.search_scale` of contiguous rows (O, K), norm 2, among the given factors of the absmax scale: float32 (O, 1)."""
     scale = torch.empty(len(matrix), 1, dtype=torch.float32)
     given = torch.tensor(factors, dtype=torch.float32)
-    _engine.search_scales(_rows(matrix), grid, max_shift, subgroup, given, scale.view(-1), torch.get_num_threads())
+    _engine.search_scales(_rows(matrix), form, given, scale.view(-1), torch.get_num_threads())
     return scale
 
 
 def round_weights(
-    matrix: Tensor, grid: str, max_shift: int, subgroup: int, scale: Tensor, codes: Tensor, shifts: Tensor | None
+    matrix: Tensor, form: Sequence[int], scale: Tensor, codes: Tensor, multipliers: Tensor | None
 ) -> tuple[float, float]:
     """`quantizers.quantize_weight` of contiguous finite rows (O, K) into tensors of the right sizes, as they are stored.
 
     Returns:
         The sums of squares of the weights and of what rounding changed.
     """
-    stored = scale.view(-1), codes, shifts
-    return _engine.round_weights(_rows(matrix), grid, max_shift, subgroup, *stored, torch.get_num_threads())
+    stored = scale.view(-1), codes, multipliers
+    return _engine.round_weights(_rows(matrix), form, *stored, torch.get_num_threads())
 
 
 def _rows(matrix: Tensor) -> tuple[int, int, int, int]:

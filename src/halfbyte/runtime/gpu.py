@@ -65,7 +65,7 @@ def plan_for(layer: Any, spec: LayerSpec) -> Plan | str:
         return "the GPU engine has no transposed convolutions"
     if spec.activation is None:
         return "its input stays in float"
-    subgroups = [spec.weight.subgroup] * bool(spec.weight.max_shift) + [spec.activation.subgroup] * spec.activation.two_stage
+    subgroups = [spec.weight.subgroup] * spec.weight.has_multipliers + [spec.activation.subgroup] * spec.activation.two_stage
     odd = [one for one in subgroups if one & (one - 1) or not 2 <= one <= 1024]
     if odd:
         return f"the GPU engine takes subgroups of 2, 4, 8 to 1024, not {odd[0]}"
@@ -87,7 +87,7 @@ def weight_numbers(spec: WeightSpec) -> tuple[int, ...]:
     """How codes become integers: the fields of launches.WeightGrid."""
     grid = get_grid(spec.grid)
     table = 0 if grid.coding == "twos-complement" else int.from_bytes(bytes(grid.magnitudes), "little")
-    return grid.bits, table, spec.subgroup if spec.max_shift else 0
+    return grid.bits, table, spec.subgroup if spec.has_multipliers else 0, int(spec.max_multiple > 0)
 
 
 def takes(x: Tensor) -> bool:
@@ -104,17 +104,19 @@ def forward(layer: Any, plan: Plan, x: Tensor, chosen: int = 0, fixed: FixedScal
         PackedError: when the input does not have the layer's number of channels, or is smaller than its kernel.
     """
     plan.check(layer, x)
-    codes, shifts = layer.neutral()
+    codes, multipliers = layer.neutral()
     if layer.spec.weight.sets > 1:
-        codes, shifts = codes[chosen], None if shifts is None else shifts[chosen]
+        codes, multipliers = codes[chosen], None if multipliers is None else multipliers[chosen]
     calibrated = (None, None) if fixed is None else (fixed.scale, fixed.zero if layer.spec.activation.zero_point else None)
-    weights = codes, shifts, layer.weight_scale, layer.bias, plan.grids, *calibrated
+    weights = codes, multipliers, layer.weight_scale, layer.bias, plan.grids, *calibrated
     if isinstance(layer, nn.Linear):
         return torch.ops.halfbyte.triton_linear(x, *weights)  # type: ignore[no-any-return]
     return plan.over_images(layer, x, lambda images, last: torch.ops.halfbyte.triton_conv2d(images, plan.sizes, last, *weights))
 
 
-_WEIGHTS = "Tensor codes, Tensor? shifts, Tensor weight_scale, Tensor? bias, int[] grids, Tensor? scale=None, Tensor? zero=None"
+_WEIGHTS = "Tensor codes, Tensor? multipliers, Tensor weight_scale, Tensor? bias, int[] grids, " + (
+    "Tensor? scale=None, Tensor? zero=None"
+)
 LIBRARY.define(f"triton_linear(Tensor x, {_WEIGHTS}, int gelu=0) -> Tensor")
 LIBRARY.define(f"triton_conv2d(Tensor x, int[] sizes, bool channels_last, {_WEIGHTS}) -> Tensor")
 
@@ -122,7 +124,8 @@ LIBRARY.define(f"triton_conv2d(Tensor x, int[] sizes, bool channels_last, {_WEIG
 def _grids(numbers: Sequence[int]) -> tuple[Any, Any]:
     signed, truncate = bool(numbers[3]), bool(numbers[7])
     given = (*numbers[:3], signed, *numbers[4:7], truncate, *numbers[8:INPUT_NUMBERS])
-    return kernels().InputGrid(*given), kernels().WeightGrid(*numbers[INPUT_NUMBERS:])
+    bits, table, subgroup, multiples = numbers[INPUT_NUMBERS:]
+    return kernels().InputGrid(*given), kernels().WeightGrid(bits, table, subgroup, bool(multiples))
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -131,13 +134,13 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _linear(
-    x: Tensor, codes: Tensor, shifts: Tensor | None, weight_scale: Tensor, bias: Tensor | None, grids: Sequence[int],
+    x: Tensor, codes: Tensor, multipliers: Tensor | None, weight_scale: Tensor, bias: Tensor | None, grids: Sequence[int],
     scale: Tensor | None = None, zero: Tensor | None = None, gelu: int = 0,
 ) -> Tensor:  # fmt: skip
     if not x.numel():
         return _linear_output(x, codes)
     input_grid, weight_grid = _grids(grids)
-    weights = kernels().Weights(codes, shifts, weight_scale, bias, weight_grid)
+    weights = kernels().Weights(codes, multipliers, weight_scale, bias, weight_grid)
     with _on_device_of(x):
         y = kernels().linear(x.reshape(-1, x.shape[-1]).contiguous(), weights, input_grid, (scale, zero), gelu)
     return y.view(*x.shape[:-1], len(codes))  # type: ignore[no-any-return]
@@ -148,13 +151,13 @@ def _linear_output(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
 
 
 def _conv2d(
-    x: Tensor, sizes: Sequence[int], channels_last: bool, codes: Tensor, shifts: Tensor | None, weight_scale: Tensor,
+    x: Tensor, sizes: Sequence[int], channels_last: bool, codes: Tensor, multipliers: Tensor | None, weight_scale: Tensor,
     bias: Tensor | None, grids: Sequence[int], scale: Tensor | None = None, zero: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if not x.numel():
         return _conv2d_output(x, sizes, channels_last)
     input_grid, weight_grid = _grids(grids)
-    weights = kernels().Weights(codes, shifts, weight_scale, bias, weight_grid)
+    weights = kernels().Weights(codes, multipliers, weight_scale, bias, weight_grid)
     shape = (*sizes[2:12], *output_size(x.shape[2:], sizes[2:4], sizes[4:6], sizes[6:8], sizes[8:12]))
     with _on_device_of(x):
         found = kernels().conv2d(x.permute(0, 2, 3, 1).contiguous(), shape, weights, input_grid, (scale, zero)).permute(0, 3, 1, 2)

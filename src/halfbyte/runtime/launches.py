@@ -61,18 +61,19 @@ class WeightGrid:
 
     bits: int
     table: int  # magnitudes of the codes 0 to 7 of sign and magnitude, a byte each, the lowest first; 0: two's complement
-    subgroup: int  # 0: no shifts
+    subgroup: int  # 0: no multipliers
+    multiples: bool  # multipliers are whole numbers, not powers of two
 
-    def constants(self) -> dict[str, int]:
-        return {"BITS": self.bits, "TABLE": self.table, "SUBGROUP": self.subgroup}
+    def constants(self) -> dict[str, Any]:
+        return {"BITS": self.bits, "TABLE": self.table, "SUBGROUP": self.subgroup, "MULTIPLES": self.multiples}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Of a layer: codes uint8 (N, ceil(K / 2)) or (N, K), shifts as nibbles (N, ...), scale float32 (N, 1), bias (N,)."""
+    """Of a layer: codes uint8 (N, ceil(K / 2)) or (N, K), multipliers as nibbles (N, ...), scale float32 (N, 1), bias (N,)."""
 
     codes: Tensor
-    shifts: Tensor | None
+    multipliers: Tensor | None
     scale: Tensor
     bias: Tensor | None
     grid: WeightGrid
@@ -83,10 +84,10 @@ class Weights:
         return words and channels % 8 == 0
 
     def arguments(self, even_first: bool) -> tuple[tuple[Tensor, Tensor], tuple[int, int], dict[str, Any]]:
-        """Codes and shifts; what is from one row to the next, of both; and the constants of kernels that decode."""
+        """Codes and multipliers; what is from one row to the next, of both; and the constants of kernels that decode."""
         codes = self.codes.view(torch.int32) if even_first else self.codes
-        shifts, pitch = (codes, 0) if self.shifts is None else (self.shifts, self.shifts.shape[1])
-        return (codes, shifts), (codes.shape[1], pitch), {"EVEN_FIRST": even_first, **self.grid.constants()}
+        multipliers, pitch = (codes, 0) if self.multipliers is None else (self.multipliers, self.multipliers.shape[1])
+        return (codes, multipliers), (codes.shape[1], pitch), {"EVEN_FIRST": even_first, **self.grid.constants()}
 
     def ends(self) -> tuple[Tensor, Tensor]:
         return self.scale, self.scale if self.bias is None else self.bias

@@ -15,7 +15,7 @@ from halfbyte.errors import CorruptError, PackedError
 from halfbyte.formats import get_grid
 from halfbyte.layers import FLOAT32_BUFFERS as FLOAT32_BUFFERS
 from halfbyte.layers import Quantizable, QuantizedLayer, adopt, follow_timesteps, matrix_shape, scale_input
-from halfbyte.packing import pack_nibbles, unpack_nibbles
+from halfbyte.packing import pack_multipliers, pack_nibbles, unpack_multipliers, unpack_nibbles
 from halfbyte.quantizers import QuantizedWeight, decode_weight
 from halfbyte.recipe import LayerSpec
 from halfbyte.runtime import cpu, gpu
@@ -24,7 +24,7 @@ from halfbyte.runtime.ops import quantized_forward
 from halfbyte.runtime.tiled import Tiled
 
 BUFFERS = (
-    "weight_codes", "weight_scale", "weight_shift", "weight_choice", "input_scale", "activation_scale", "activation_zero",
+    "weight_codes", "weight_scale", "weight_multiplier", "weight_choice", "input_scale", "activation_scale", "activation_zero",
 )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ class Packed(Tiled, QuantizedLayer):
     bias: Any  # nn.Parameter or None
     weight_codes: Tensor  # uint8 (O, ceil(K / 2)) for 4-bit grids, (O, K) for 8-bit ones; (sets, ...) where there are several
     weight_scale: Tensor  # float32 (O, 1), the same for all sets
-    weight_shift: Tensor | None  # uint8, nibbles (O, ceil(ceil(K / subgroup) / 2)), or (sets, ...)
+    weight_multiplier: Tensor | None  # uint8, nibbles (O, ceil(ceil(K / subgroup) / 2)), or (sets, ...)
     plan: cpu.Plan | str  # how the C++ engine runs this layer, or why it does not
     gpu_plan: gpu.Plan | str  # likewise the GPU's
 
@@ -112,7 +112,7 @@ class Packed(Tiled, QuantizedLayer):
 
     def store(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
         """Take what is stored of a weight (`packed_tensors`), or of all its sets, which share their scale."""
-        for name in ("weight_codes", "weight_shift"):
+        for name in ("weight_codes", "weight_multiplier"):
             if name in parts[0]:
                 setattr(self, name, parts[0][name] if len(parts) == 1 else torch.stack([part[name] for part in parts]))
         self.weight_scale = parts[0]["weight_scale"]
@@ -137,15 +137,16 @@ class Packed(Tiled, QuantizedLayer):
         return packed_shapes(self, self.spec, self.input_scale is not None, entries)  # type: ignore[arg-type]
 
     def levels(self, chosen: int = 0) -> Tensor:
-        """The integers of the weight, or of one of its sets, shifts applied: float32 whole numbers (O, K)."""
+        """The integers of the weight, or of one of its sets, multipliers applied: float32 whole numbers (O, K)."""
         layer: Any = self
-        spec, (_, count), shift = self.spec.weight, matrix_shape(layer), self.weight_shift
+        spec, (_, count), stored, multiplier = self.spec.weight, matrix_shape(layer), self.weight_multiplier, None
         codes = self.weight_codes if spec.sets == 1 else self.weight_codes[chosen]
         if get_grid(spec.grid).bits == 4:
             codes = unpack_nibbles(codes, count)
-        if shift is not None:
-            shift = unpack_nibbles(shift if spec.sets == 1 else shift[chosen], -(-count // spec.subgroup))
-        return decode_weight(codes, shift, spec)
+        if stored is not None:
+            one = stored if spec.sets == 1 else stored[chosen]
+            multiplier = unpack_multipliers(one, -(-count // spec.subgroup), spec.max_multiple > 0)
+        return decode_weight(codes, multiplier, spec)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -172,12 +173,12 @@ class Packed(Tiled, QuantizedLayer):
 
 
 def packed_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """A quantized weight as it is stored: codes, shifts where it has them, and scale. Rows can be made apart and put together."""
+    """A quantized weight as it is stored: codes, multipliers if it has them, and scale. Rows can be made apart and put together."""
     four_bit = get_grid(weight.spec.grid).bits == 4
     made = {"weight_codes": pack_nibbles(weight.codes()) if four_bit else weight.codes().contiguous()}
     made["weight_scale"] = weight.scale.contiguous()
-    if weight.shift is not None:
-        made["weight_shift"] = pack_nibbles(weight.shift)
+    if weight.multiplier is not None:
+        made["weight_multiplier"] = pack_multipliers(weight.multiplier, weight.spec.max_multiple > 0)
     return made
 
 
@@ -192,9 +193,9 @@ def packed_shapes(
         "weight_codes": ((*sets, rows, (count + 1) // 2 if four_bit else count), torch.uint8),
         "weight_scale": ((rows, 1), torch.float32),
     }
-    if weight.max_shift:
+    if weight.has_multipliers:
         groups = -(-count // weight.subgroup)
-        shapes["weight_shift"] = ((*sets, rows, (groups + 1) // 2), torch.uint8)
+        shapes["weight_multiplier"] = ((*sets, rows, (groups + 1) // 2), torch.uint8)
     if sets:
         shapes["weight_choice"] = ((timesteps,), torch.uint8)
     if activation is not None and activation.scale != "dynamic":

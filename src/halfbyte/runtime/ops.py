@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from halfbyte.formats import get_grid
 from halfbyte.layers import apply_layer, input_to_rows, matrix_to_weight, rows_to_input
 from halfbyte.quantizers import FixedScale, quantize_activation
-from halfbyte.recipe import ActivationSpec
+from halfbyte.recipe import ActivationSpec, largest_multiplier
 
 FLOAT32_EXACT = 2**24  # whole numbers up to here, and so all partial sums, are exact in float32
 
@@ -64,7 +64,7 @@ def quantized_forward(
         return apply_layer(layer, x, weight, None if bias is None else bias.to(x.dtype))
     integers, scale = quantize_activation(input_to_rows(layer, x), spec, fixed)
     grid = get_grid(spec.grid)
-    largest = max(spec.top, max(grid.top, -grid.bottom) * spec.largest_step)  # a peak of 105 can round up to 112
+    largest = max(spec.top, max(grid.top, -grid.bottom) * largest_multiplier(spec))  # a peak of 105 can round up to 112
     total = integer_product(layer, rows_to_input(layer, integers, x.shape), levels, largest)
     if isinstance(layer, nn.Linear):
         both = scale.view(*x.shape[:-1], 1) * weight_scale.view(-1)

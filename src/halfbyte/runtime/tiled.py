@@ -15,7 +15,7 @@ from torch import Tensor
 from halfbyte.runtime import cpu
 from halfbyte.runtime.mapped import give_back
 
-NEUTRAL = ("weight_codes", "weight_shift")
+NEUTRAL = ("weight_codes", "weight_multiplier")
 _CHANGING = threading.RLock()  # held while any layer changes its form; a thread in a forward keeps the tiles it has
 
 
@@ -24,7 +24,7 @@ class Tiled:
 
     weight_tiles: Tensor | None  # uint8 (bytes,), or (sets, bytes)
     weight_codes: Tensor
-    weight_shift: Tensor | None
+    weight_multiplier: Tensor | None
 
     def tiles(self) -> Tensor:
         """The codes in the engine's order; re-orders them if they are not."""
@@ -35,26 +35,26 @@ class Tiled:
         buffers: dict[str, Any] = self._buffers
         if buffers["weight_codes"] is None:
             return buffers["weight_tiles"]  # type: ignore[no-any-return]
-        tiles = cpu.reorder(torch.ops.halfbyte.pack, buffers["weight_codes"], buffers["weight_shift"], self)
-        buffers["weight_tiles"], buffers["weight_codes"], buffers["weight_shift"] = tiles, None, None
+        tiles = cpu.reorder(torch.ops.halfbyte.pack, buffers["weight_codes"], buffers["weight_multiplier"], self)
+        buffers["weight_tiles"], buffers["weight_codes"], buffers["weight_multiplier"] = tiles, None, None
         return tiles
 
     def neutral(self) -> tuple[Tensor, Tensor | None]:
-        """Codes and shifts in the order of the checkpoint; they stay so."""
+        """Codes and multipliers in the order of the checkpoint; they stay so."""
         buffers: dict[str, Any] = self._buffers
         if torch.compiler.is_compiling() and buffers["weight_codes"] is not None:  # traced: no locks in a graph
-            return buffers["weight_codes"], buffers["weight_shift"]
-        return self.weight_codes, self.weight_shift
+            return buffers["weight_codes"], buffers["weight_multiplier"]
+        return self.weight_codes, self.weight_multiplier
 
     def to_neutral(self) -> None:
-        """Codes and shifts back in the order of the checkpoint; the tiles are dropped."""
+        """Codes and multipliers back in the order of the checkpoint; the tiles are dropped."""
         buffers = self.__dict__.get("_buffers", {})
         if buffers.get("weight_tiles") is None:
             return
         with _CHANGING, torch.inference_mode(False), torch.no_grad():
             if (tiles := buffers["weight_tiles"]) is None:  # another thread was faster
                 return
-            buffers["weight_codes"], buffers["weight_shift"] = cpu.from_tiles(self, tiles)
+            buffers["weight_codes"], buffers["weight_multiplier"] = cpu.from_tiles(self, tiles)
             buffers["weight_tiles"] = None
 
     def __getattr__(self, name: str) -> Any:

@@ -2,7 +2,7 @@
 
     range_kernel       what the values of an image lie between, in CHUNKS parts
     quantize_kernel    floats to int8 integers, with one scale and zero point a row (a token or an image)
-    decode_kernel      codes and shifts to int8 (N, K), and the sum of every row
+    decode_kernel      codes and multipliers to int8 (N, K), and the sum of every row
     product_kernel     y = scale_x[m] * scale_w[n] * sum_k X[m, k] * W[n, k] + bias[n], int8 x int8; linear layers, convolutions
     few_rows_kernel    the same for few rows, with codes decoded in registers and K split among programs
 
@@ -247,7 +247,7 @@ def _level(code, TABLE: tl.constexpr):
 
 
 @triton.jit
-def _four(nibbles, shift, TABLE: tl.constexpr, SHIFTED: tl.constexpr):
+def _four(nibbles, own, TABLE: tl.constexpr, SUBGROUP: tl.constexpr, MULTIPLES: tl.constexpr):
     """The integers, in the bytes of a word, of the codes in the bytes of a word. With 128 added no byte borrows from the next."""
     if TABLE == 0:
         found = (((nibbles ^ 0x08080808) | TOPS) - 0x08080808) ^ TOPS
@@ -255,8 +255,11 @@ def _four(nibbles, shift, TABLE: tl.constexpr, SHIFTED: tl.constexpr):
         magnitude = nibbles & 0x07070707
         negative = magnitude & (((nibbles >> 3) & 0x01010101) * 7)
         found = (magnitude - 2 * negative + TOPS) ^ TOPS
-    if SHIFTED:
-        found = (found << shift) & (((255 << shift) & 255) * 0x01010101)
+    if MULTIPLES:  # products of even bytes and of odd ones apart, in 16 bits: their low bytes are those of the whole
+        even, odd = (found & 0x00FF00FF) * (own + 1), ((found >> 8) & 0x00FF00FF) * (own + 1)
+        found = (even & 0x00FF00FF) | ((odd & 0x00FF00FF) << 8)
+    elif SUBGROUP > 0:
+        found = (found << own) & (((255 << own) & 255) * 0x01010101)
     return found
 
 
@@ -268,21 +271,22 @@ def _bytes(word):
 
 
 @triton.jit
-def _shifts(
-    shifts, n, start, outputs, pitch, SUBGROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, EACH: tl.constexpr
+def _multipliers(
+    multipliers, n, start, outputs, pitch, SUBGROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, EACH: tl.constexpr
 ):
-    """Of BLOCK_K weights from K = start, one for every EACH of them: int32 (BLOCK_N, BLOCK_K // EACH)."""
+    """The nibbles of BLOCK_K weights from K = start, one for every EACH of them: int32 (BLOCK_N, BLOCK_K // EACH)."""
     GROUPS: tl.constexpr = BLOCK_K // SUBGROUP if SUBGROUP < BLOCK_K else 1
     group = start // SUBGROUP + tl.arange(0, GROUPS)[None, :]
-    place = shifts + n.to(tl.int64) * pitch + group // 2
+    place = multipliers + n.to(tl.int64) * pitch + group // 2
     found = (tl.load(place, mask=(n < outputs) & (group // 2 < pitch), other=0).to(tl.int32) >> (4 * (group % 2))) & 15
     return tl.reshape(tl.broadcast_to(found[:, :, None], (BLOCK_N, GROUPS, BLOCK_K // EACH // GROUPS)), (BLOCK_N, BLOCK_K // EACH))
 
 
 @triton.jit
 def _weights(
-    codes, shifts, n, start, outputs, code_pitch, shift_pitch, BITS: tl.constexpr, TABLE: tl.constexpr, SUBGROUP: tl.constexpr,
-    EVEN_FIRST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    codes, multipliers, n, start, outputs, code_pitch, multiplier_pitch,
+    BITS: tl.constexpr, TABLE: tl.constexpr, SUBGROUP: tl.constexpr, MULTIPLES: tl.constexpr, EVEN_FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Integers int8 (BLOCK_N, BLOCK_K) of the codes of rows n (BLOCK_N, 1), from K = start, a multiple of BLOCK_K.
 
@@ -294,34 +298,36 @@ def _weights(
     if BITS == 8:
         levels = found.to(tl.int8, bitcast=True)
     elif EVEN_FIRST:
-        shift = found
+        own = found
         if SUBGROUP > 0:
-            shift = _shifts(shifts, n, start, outputs, shift_pitch, SUBGROUP, BLOCK_K, BLOCK_N, 8)
-        even = _bytes(_four(found & 0x0F0F0F0F, shift, TABLE, SUBGROUP > 0))
-        odd = _bytes(_four((found >> 4) & 0x0F0F0F0F, shift, TABLE, SUBGROUP > 0))
+            own = _multipliers(multipliers, n, start, outputs, multiplier_pitch, SUBGROUP, BLOCK_K, BLOCK_N, 8)
+        even = _bytes(_four(found & 0x0F0F0F0F, own, TABLE, SUBGROUP, MULTIPLES))
+        odd = _bytes(_four((found >> 4) & 0x0F0F0F0F, own, TABLE, SUBGROUP, MULTIPLES))
         levels = tl.reshape(tl.permute(tl.join(even, odd), (0, 1, 4, 2, 3)), (BLOCK_N, BLOCK_K))
     else:
         both = found.to(tl.int32)
         levels = tl.reshape(tl.join(_level(both & 15, TABLE), _level(both >> 4, TABLE)), (BLOCK_N, BLOCK_K))
         if SUBGROUP > 0:
-            levels = levels << _shifts(shifts, n, start, outputs, shift_pitch, SUBGROUP, BLOCK_K, BLOCK_N, 1)
+            own = _multipliers(multipliers, n, start, outputs, multiplier_pitch, SUBGROUP, BLOCK_K, BLOCK_N, 1)
+            levels = levels * (own + 1) if MULTIPLES else levels << own
         levels = levels.to(tl.int8)
     return levels
 
 
-@triton.jit(do_not_specialize=["shift_pitch"])
+@triton.jit(do_not_specialize=["multiplier_pitch"])
 def decode_kernel(
-    codes, shifts, levels, sums, outputs, count, code_pitch, shift_pitch,
-    BITS: tl.constexpr, TABLE: tl.constexpr, SUBGROUP: tl.constexpr, EVEN_FIRST: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    codes, multipliers, levels, sums, outputs, count, code_pitch, multiplier_pitch,
+    BITS: tl.constexpr, TABLE: tl.constexpr, SUBGROUP: tl.constexpr, MULTIPLES: tl.constexpr, EVEN_FIRST: tl.constexpr,
+    SUMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Integers (N, K) int8 of 4-bit codes, and with SUMS their sums over K, int32 (N,)."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     total = tl.zeros((BLOCK_N, 1), tl.int32)
     for start in range(0, count, BLOCK_K):
         found = _weights(
-            codes, shifts, n, start, outputs, code_pitch, shift_pitch, BITS, TABLE, SUBGROUP, EVEN_FIRST, BLOCK_N, BLOCK_K
-        )
+            codes, multipliers, n, start, outputs, code_pitch, multiplier_pitch, BITS, TABLE, SUBGROUP, MULTIPLES, EVEN_FIRST,
+            BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         if BITS == 4:
             k = start + tl.arange(0, BLOCK_K)[None, :]
             tl.store(levels + n.to(tl.int64) * count + k, found, mask=(n < outputs) & (k < count))
@@ -353,10 +359,11 @@ def _finish(total, m, n, image, rows, scales, weight_scale, bias, y, outputs, BI
     tl.store(y + m.to(tl.int64) * outputs + n, result, mask=(m < rows) & (n < outputs))
 
 
-@triton.jit(do_not_specialize=["rows", "shift_pitch"])
+@triton.jit(do_not_specialize=["rows", "multiplier_pitch"])
 def few_rows_kernel(
-    stored, scales, zeros, codes, shifts, weight_scale, bias, y, partial, counters, rows, outputs, count, code_pitch, shift_pitch,
-    BITS: tl.constexpr, TABLE: tl.constexpr, SUBGROUP: tl.constexpr, EVEN_FIRST: tl.constexpr,
+    stored, scales, zeros, codes, multipliers, weight_scale, bias, y, partial, counters, rows, outputs, count,
+    code_pitch, multiplier_pitch,
+    BITS: tl.constexpr, TABLE: tl.constexpr, SUBGROUP: tl.constexpr, MULTIPLES: tl.constexpr, EVEN_FIRST: tl.constexpr,
     SIGNED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -368,7 +375,10 @@ def few_rows_kernel(
     for start in range(tl.program_id(2) * BLOCK_K, count, tl.num_programs(2) * BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)[None, :]
         a = tl.load(stored + m.to(tl.int64) * count + k, mask=(m < rows) & (k < count), other=0)
-        b = _weights(codes, shifts, n, start, outputs, code_pitch, shift_pitch, BITS, TABLE, SUBGROUP, EVEN_FIRST, BLOCK_N, BLOCK_K)
+        b = _weights(
+            codes, multipliers, n, start, outputs, code_pitch, multiplier_pitch, BITS, TABLE, SUBGROUP, MULTIPLES, EVEN_FIRST,
+            BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         total = tl.dot(a, tl.trans(b), total, out_dtype=tl.int32)
         if not SIGNED:
             weight_sum += tl.sum(b.to(tl.int32), 1, keep_dims=True)

@@ -36,12 +36,12 @@ def weight_scale(matrix: Tensor, spec: WeightSpec) -> Tensor:
     """`quantizers.weight_scale` of a matrix (O, K) of any float dtype, which is not copied to float32 where the engine runs."""
     if not takes(matrix, spec):
         return quantizers.weight_scale(matrix.float(), spec)
-    factors = search_factors(spec.max_shift) if spec.scale == "search" else [1.0]
-    return engine.search_scales(matrix.contiguous(), get_grid(spec.grid).name, spec.max_shift, spec.subgroup, factors)
+    factors = search_factors(spec) if spec.scale == "search" else [1.0]
+    return engine.search_scales(matrix.contiguous(), engine.weight_format(spec), factors)
 
 
 def pack_rows(matrix: Tensor, spec: WeightSpec, name: str) -> tuple[dict[str, Tensor], SignalToNoise]:
-    """Scales, codes and shifts of a weight as they are stored, and how much rounding changed. Rows can be made apart.
+    """Scales, codes and multipliers of a weight as they are stored, and how much rounding changed. Rows can be made apart.
 
     Args:
         matrix: any float dtype (O, K).
@@ -68,10 +68,10 @@ def round_rows(matrix: Tensor, scale: Tensor, spec: WeightSpec) -> tuple[dict[st
         return packed_tensors(weight), quality
     grid, (rows, count) = get_grid(spec.grid), matrix.shape
     made = {"weight_codes": _bytes(rows, (count + 1) // 2 if grid.bits == 4 else count), "weight_scale": scale}
-    if spec.max_shift:
-        made["weight_shift"] = _bytes(rows, (-(-count // spec.subgroup) + 1) // 2)
-    stored = scale, made["weight_codes"], made.get("weight_shift")
-    return made, SignalToNoise(*engine.round_weights(matrix, grid.name, spec.max_shift, spec.subgroup, *stored))
+    if spec.has_multipliers:
+        made["weight_multiplier"] = _bytes(rows, (-(-count // spec.subgroup) + 1) // 2)
+    stored = scale, made["weight_codes"], made.get("weight_multiplier")
+    return made, SignalToNoise(*engine.round_weights(matrix, engine.weight_format(spec), *stored))
 
 
 def weight_quality(layer: Quantizable, made: FakeQuant) -> float:

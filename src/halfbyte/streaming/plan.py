@@ -14,10 +14,10 @@ from halfbyte.api import LOADING_ERRORS, at_most, class_of, plugin_of
 from halfbyte.conversion import Result, decide_by
 from halfbyte.errors import CorruptError, HalfbyteError, ModelError, UnstreamableError
 from halfbyte.layers import TRANSPOSED, matrix_shape, module_kind, swap
-from halfbyte.quantizers import CACHED_VALUES
 from halfbyte.recipe import LayerSpec, Recipe
 from halfbyte.runtime.layers import PACKED, packed_shapes
 from halfbyte.streaming.source import Stored, open_component
+from halfbyte.subgroups import CACHED_VALUES
 
 PART_VALUES = 1 << 23  # weights in a part: what a worker has in memory at a time
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
