@@ -1,6 +1,7 @@
 """QuEST's stage as a method: what it trains, its gradients, its loss, and what it leaves."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import halfbyte as hb
 from halfbyte.errors import HealError
+from halfbyte.heal import selective
 from halfbyte.heal.distill import distill
 from halfbyte.heal.memory import step_peaks
 from halfbyte.heal.selective import LossWeights, Selective, SelectiveLayer, Stage, parameters_of, quantized_layers
@@ -135,6 +137,19 @@ class Teacher:
 
     def __init__(self, unet):
         self.unet = unet
+
+
+@pytest.mark.parametrize("weights", [(), KINDS[1::2], KINDS])
+def test_rounding_inputs_again_for_the_backward_pass_changes_no_gradient(net, monkeypatch, weights):
+    method_of(net, Teacher(copy.deepcopy(net)), weights, scales=KINDS)
+    names = [f"{name}.weight" for name in weights] + [f"{name}.log_scale" for name in KINDS]
+    learned = [net.get_parameter(name).requires_grad_() for name in names]
+    gradients = []
+    for keep in (False, True):
+        if keep:
+            monkeypatch.setattr(selective, "_instead_of", lambda *_: nullcontext())
+        gradients.append(torch.autograd.grad(net(INPUT, TIMESTEPS)[0].square().sum(), learned))
+    assert all(map(torch.equal, *gradients))
 
 
 @pytest.mark.parametrize("held", [False, True])

@@ -102,29 +102,40 @@ class SelectiveLayer(FakeQuant):
         return learned_input(self, x, self.log_scale[self.entry(self.log_scale, x)])
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.held is None:
-            return super().forward(x)
-        rounded = self.rounded_input(x)
-        with _without(rounded):
-            return self.add_branch(apply_layer(self, rounded, self.held, self.bias), x)
+        rounded, weight = self.rounded_input(x), self.rounded_weight(self.weight)
+        shape, strides, like = rounded.shape, rounded.stride(), rounded.new_empty(0)
+        exact = x.detach() if self.held is None else None  # kept by `again`, so nothing that is not needed
+
+        def again() -> Tensor:
+            """What the product's backward pass takes for its input.
+
+            torch keeps a convolution's input even where only the gradient of the input is asked for, which does not depend on it.
+            Where the weight is trained it does; the scales' backward pass keeps the unrounded input anyway.
+            """
+            if exact is None:
+                return like.new_empty_strided(shape, strides)
+            with torch.no_grad():
+                return self.rounded_input(exact)
+
+        if self.held is None and self.log_scale is None:
+            return self.add_branch(apply_layer(self, rounded, weight, self.bias), x)
+        with _instead_of(rounded, again):
+            return self.add_branch(apply_layer(self, rounded, weight, self.bias), x)
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _without(x: Tensor) -> saved_tensors_hooks:
-    """While entered, autograd keeps shape and strides of a tensor instead of the tensor.
-
-    torch keeps a convolution's input even where only the gradient of the input is asked for, which does not depend on it.
-    """
-    pointer, shape, strides, like = x.data_ptr(), x.shape, x.stride(), x.new_empty(0)  # x itself must not live on in here
+def _instead_of(x: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:
+    """While entered, autograd keeps a function that makes a tensor instead of the tensor."""
+    pointer, shape = x.data_ptr(), x.shape  # x itself must not live on in here
 
     def pack(saved: Tensor) -> Tensor | None:
         return None if saved.data_ptr() == pointer and saved.shape == shape else saved
 
     def unpack(kept: Tensor | None) -> Tensor:
-        return like.new_empty_strided(shape, strides) if kept is None else kept
+        return again() if kept is None else kept
 
     return saved_tensors_hooks(pack, unpack)
 
