@@ -43,9 +43,12 @@ ARGUMENTS = {
 }  # of the sampler, by pipeline; diffusers' own 4 draws caricatures of small models
 OURS, OURS_W4A8 = PRESETS["halfbyte-w4a4"], PRESETS["halfbyte-w4a8"]
 WEIGHTS = {
-    "e2m1<<3": OURS.inner.weight,
+    "e2m1*10": OURS.inner.weight,
+    "lzs4*16": WeightSpec("lzs4", max_multiple=16),
+    "e2m1*10, absmax": OURS.inner.weight.replace(scale="absmax"),
+    "e2m1*10/32": OURS.inner.weight.replace(subgroup=32),
+    "e2m1<<3": WeightSpec("e2m1", max_shift=3),
     "lzs4<<4": WeightSpec("lzs4", max_shift=4),
-    "e2m1<<3/32": OURS.inner.weight.replace(subgroup=32),
     "e2m1": WeightSpec("e2m1"),
 }
 INPUTS = {
