@@ -24,9 +24,12 @@ from halfbyte.presets import get_recipe
 from halfbyte.recipe import INT8, ActivationSpec, LayerSpec, WeightSpec
 from halfbyte.targets import family_of
 
-LADDER: dict[str, LayerSpec] = {
-    "w4a4": get_recipe("quartz-w4a4").inner,
-    "w4a8": get_recipe("quartz-w4a8").inner,
+W4A4, W4A8 = get_recipe("halfbyte-w4a4"), get_recipe("halfbyte-w4a8")
+LADDER: dict[str, LayerSpec] = {  # u: inputs unsigned, with a zero point, as they are best behind a SiLU or GELU
+    "w4a4": W4A4.inner,
+    "w4a4u": LayerSpec(W4A4.inner.weight, W4A4.after_silu),
+    "w4a8": W4A8.inner,
+    "w4a8u": LayerSpec(W4A8.inner.weight, W4A8.after_silu),
     "w6a6": LayerSpec(WeightSpec("e2m3"), ActivationSpec("e2m3")),  # simulated
     "w8a8": INT8,
 }

@@ -26,8 +26,9 @@ from halfbyte.sensitivity import LADDER, Sensitivity, measure
 UNIFORM = {  # what budgets are held against: one width everywhere, 8 bits at the edges
     "INT4, groups of 64": get_recipe("int4-g64-w4a4"),
     "NVFP4": get_recipe("nvfp4-w4a4"),
-    "4 bits, shifts": get_recipe("quartz-w4a4"),
-    "4-bit weights, 8-bit inputs": get_recipe("quartz-w4a8"),
+    "QuaRTZ": get_recipe("quartz-w4a4"),
+    "halfbyte-w4a4": get_recipe("halfbyte-w4a4"),
+    "halfbyte-w4a8": get_recipe("halfbyte-w4a8"),
     "6 bits, e2m3": Recipe("e2m3-w6a6", LADDER["w6a6"]),
     "8 bits": get_recipe("int8-w8a8"),
 }
