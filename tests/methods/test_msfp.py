@@ -249,6 +249,20 @@ def test_static_scales_without_a_search_have_least_error_too():
     assert mine < min(errors) * 1.02
 
 
+@pytest.mark.parametrize("name", ["int8", "uint8"])
+def test_scales_of_8_bit_grids_hold_values_that_a_sample_misses(name):
+    values = torch.cat([gaussian(200_000), torch.tensor([-30.0, 40.0])])
+    statistics = statistics_of(values)
+    assert statistics.reservoir.abs().max() < 30
+    spec = ActivationSpec(name, scale="static", zero_point=name == "uint8")
+    found = fixed_scale(spec, statistics)
+    levels = values / found.scale + found.zero
+    grid = GRIDS[name]
+    assert levels.min() >= grid.bottom - 0.5
+    assert levels.max() <= grid.top + 0.5
+    assert torch.equal(found.scale, fixed_scale(spec, statistics_of(values.flip(0))).scale)  # nothing of it is chance
+
+
 def test_scales_over_time_need_a_timestep(build):
     over_time = Recipe("t", LayerSpec(WeightSpec("int4"), ActivationSpec("int4", scale="timestep")), edge=None)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))

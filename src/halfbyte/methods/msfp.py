@@ -54,17 +54,19 @@ def input_candidates(values: Tensor, grid: Grid, low: float, high: float, points
 
     Args:
         values: float32 (n,), a sample of the input. low, high: its range.
-        points: scales tried, evenly spaced from 0.1 to 1.2 times the one that just holds the range.
+        points: scales tried, evenly spaced from 0.1 to 1.2 times the one that just holds the range. 8-bit grids take that one:
+            beside steps so fine it counts what clipping costs, and the rarest values are not in the sample.
     """
     span = max(-low, high) if grid.signed else max(high, 0.0) - min(low, 0.0)
     widest = absmax_scale(torch.tensor([[span]]), grid.top)
-    scale = widest * torch.linspace(LEAST, MOST, points)
+    scale = widest if grid.bits == 8 else widest * torch.linspace(LEAST, MOST, points)
     if grid.signed:
         zero = torch.zeros_like(scale)
     else:
         lowest = (max(-low, 0.0) / scale).clamp(max=grid.top)
-        zero = (lowest[:, None] * torch.linspace(0, 1, ZEROS)).round().flatten()
-        scale = scale.repeat_interleave(ZEROS)
+        parts = torch.linspace(1, 0, 1 if grid.bits == 8 else ZEROS)
+        zero = (lowest[:, None] * parts).round().flatten()
+        scale = scale.repeat_interleave(len(parts))
     error = torch.cat([_errors(values, grid, s, z) for s, z in _parts(scale, zero, len(values))])
     return Candidates(grid, scale, zero, error)
 
