@@ -217,6 +217,14 @@ def test_eval_report_and_table_agree(monkeypatch, capsys, model, tmp_path):
     assert "int4-w4a4" in page
     assert "Times as fast as" in page
     assert "Inputs on their levels" in page
+    code, _, err = run(monkeypatch, capsys, "sensitivity", model, "-o", "study", "--images", 1, "--steps", 1)
+    assert code == 0, err
+    study = Path("study", "sensitivity.json")
+    code, _, err = run(monkeypatch, capsys, "report", "results.json", "-o", "with.html", "--sensitivity", study)
+    assert code == 0, err
+    assert "Sensitivity of layers at w4a4" in Path("with.html").read_text()
+    code, _, err = run(monkeypatch, capsys, "report", "results.json", "-o", "none.html", "--sensitivity", "bench.json")
+    assert (code, "bench.json is no result of 'halfbyte sensitivity'" in err, Path("none.html").exists()) == (1, True, False)
     slim = json.loads(Path("slim.json").read_text())
     assert all(one["layers"] == [] for one in slim["runs"])
     code, _, err = run(monkeypatch, capsys, "eval", "out", "--against", "model", "-o", "results.json", *options)

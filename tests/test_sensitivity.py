@@ -85,7 +85,14 @@ def test_a_study_is_saved_and_broken_ones_are_refused(found, tmp_path):
     found.save(tmp_path / "study.json")
     assert room.Sensitivity.load(tmp_path / "study.json") == found
     data = json.loads((tmp_path / "study.json").read_text())
-    for change in ({"layers": 3}, {"ladder": {"w4a4": 1}}, {"timesteps": None}, {"layers": [{}]}):
+    row = data["layers"][0]
+    changes = [{"layers": 3}, {"ladder": {"w4a4": 1}}, {"timesteps": None}, {"layers": [{}]}]
+    changes += [{"ladder": {}}, {"layers": []}, {"families": []}, {"timesteps": ["late", 1, 0]}, {"timesteps": [True, 1, 0]}]
+    fields = ({"name": 3}, {"family": None}, {"weights": "many"}, {"channels": 1.5}, {"operations": True}, {"damage": {}})
+    changes += [{"layers": [row | field]} for field in fields]
+    for values in ([0.1], ["a", 0.1, 0.1], [-0.1, 0.1, 0.1], [None, 0.1, 0.1], 3):  # of three timesteps
+        changes.append({"families": [row | {"damage": row["damage"] | {"w8a8": values}}]})
+    for change in changes:
         (tmp_path / "bad.json").write_text(json.dumps({**data, **change}))
         with pytest.raises(HalfbyteError, match=r"bad\.json is no result of 'halfbyte sensitivity'"):
             room.Sensitivity.load(tmp_path / "bad.json")

@@ -17,7 +17,8 @@ EVAL_EXAMPLES = (
 )
 TABLE_EXAMPLES = "Examples:  halfbyte table configs/demo.yaml -o demo-table    halfbyte table my.yaml --insert README.md"
 REPORT_EXAMPLES = (
-    "Examples:  halfbyte report quartz.json msfp.json -o report.html    halfbyte report quartz.json --bench bench.json"
+    "Examples:  halfbyte report quartz.json msfp.json -o report.html    halfbyte report quartz.json --bench bench.json    "
+    "halfbyte report quartz.json --sensitivity study/sensitivity.json"
 )
 
 
@@ -95,15 +96,21 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file.")] = Path("report.html"),
     insert: Annotated[Path | None, typer.Option(help="Markdown file that gets the table between its markers.")] = None,
     bench: Annotated[Path | None, typer.Option(help="Speeds for the same page: what `halfbyte bench --json` wrote.")] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="Heat map for the same page: the sensitivity.json that `halfbyte sensitivity` wrote.")
+    ] = None,
 ) -> None:
     """Put the runs of several results, made in the same way, into one page."""
     from halfbyte.report import load_results, write_report
+    from halfbyte.report.heatmap import load_heatmap
     from halfbyte.report.markdown import insert_table
     from halfbyte.report.merge import merge
     from halfbyte.report.speed import load_speed
 
     merged = merge([load_results(file) for file in results])
-    write_report(merged, output, None if bench is None else load_speed(bench))
+    speed = None if bench is None else load_speed(bench)
+    heatmap = None if sensitivity is None else load_heatmap(sensitivity, merged)
+    write_report(merged, output, speed, heatmap)
     if insert is not None:
         insert_table(insert, merged)
     print_results(merged)

@@ -78,9 +78,27 @@ class Sensitivity:
         try:
             found = {kind: [LayerDamage(**row) for row in data[kind]] for kind in ("layers", "families")}
             ladder = {str(width): LayerSpec.from_dict(spec) for width, spec in data["ladder"].items()}
-            return cls(str(data["model"]), list(data["timesteps"]), ladder, found["layers"], found["families"])
+            made = cls(str(data["model"]), list(data["timesteps"]), ladder, found["layers"], found["families"])
+            made._check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise HalfbyteError(f"{path} is no result of 'halfbyte sensitivity' ({type(error).__name__}: {error})") from error
+        return made
+
+    def _check(self) -> None:
+        """Raises ValueError when something is missing or of another type than it is declared."""
+        if not (self.timesteps and self.ladder and self.layers and self.families):
+            raise ValueError("it needs timesteps, widths, layers and families")
+        if not all(map(_is_number, self.timesteps)):
+            raise ValueError("its timesteps must be numbers")
+        for one in (*self.layers, *self.families):
+            if not all(isinstance(text, str) for text in (one.name, one.family)):
+                raise ValueError(f"{one.name!r} is no name of a layer or {one.family!r} none of a family")
+            if not all(type(count) is int for count in (one.weights, one.channels, one.operations)):
+                raise ValueError(f"{one.name} needs whole numbers of weights, channels and operations")
+            for width in self.ladder:
+                values = one.damage[width]
+                if len(values) != len(self.timesteps) or not all(_is_number(value) and not value < 0 for value in values):
+                    raise ValueError(f"{one.name} needs a damage, a number from 0 on, for every timestep at {width}")
 
 
 @torch.inference_mode()
@@ -119,6 +137,10 @@ def measure(
                 progress("quantizing layers one by one", len(found) * len(ladder) + len(damage), len(groups) * len(ladder))
         found.append(LayerDamage(title, family, *_sizes(chosen.values()), sum(operations[name] for name in names), damage))
     return Sensitivity(type(denoiser).__name__, states.timesteps, dict(ladder), found[: len(layers)], found[len(layers) :])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _sizes(layers: Iterable[Any]) -> tuple[int, int]:

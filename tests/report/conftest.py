@@ -6,7 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from halfbyte.presets import get_recipe
 from halfbyte.report.pictures import data_uri, grid_png
+from halfbyte.sensitivity import LayerDamage, Sensitivity
 
 EVIL = "<script>alert('$x_{1')</script>"
 LAYERS = ("conv_in", "down_blocks.0.conv1", "down_blocks.0.conv2", "down_blocks.1.to_q", f"mid_block.{EVIL}", "conv_out")
@@ -38,6 +40,23 @@ def make_bench():
     about = {"about": "a UNet, <one> image"}
     rows += [row("unet", "quartz-w4a4", 0.5, **own, **about), row("unet", "torch bf16", 1.0, **about)]
     return {"environment": {"torch": "2", "threads": "2"}, "rows": rows}
+
+
+def make_study(names=tuple(f"layers.{n}" for n in range(40)), weights=4608):
+    """A measurement of sensitivity at two timesteps, the last layer the most sensitive; of more layers than are shown at first."""
+    ladder = {width: get_recipe(name).inner for width, name in (("w4a4", "quartz-w4a4"), ("w8a8", "int8-w8a8"))}
+    damage = [[1.2 ** (n + 1 - len(names)), 0.5] for n in range(len(names))]
+    layers = [
+        LayerDamage(name, "inner", weights, 10, 100, {"w4a4": values, "w8a8": [value / 100 for value in values]})
+        for name, values in zip(names, damage, strict=True)
+    ]
+    families = [LayerDamage("inner", "inner", weights * len(names), 10, 100, {width: [1.0, 0.5] for width in ladder})]
+    return Sensitivity("UNet", [900.0, 0.0], ladder, layers, families)
+
+
+@pytest.fixture(scope="session")
+def study():
+    return make_study
 
 
 @pytest.fixture(scope="session")

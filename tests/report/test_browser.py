@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte.presets import get_recipe
 from halfbyte.report import write_report
 from halfbyte.report.healing import write_healing_report
-from halfbyte.report.heatmap import write_heatmap
+from halfbyte.report.heatmap import heatmap_of, write_heatmap
 from halfbyte.report.pictures import data_uri, grid_png
 from halfbyte.report.speed import speed_of, write_speed_report
-from halfbyte.sensitivity import LayerDamage, Sensitivity
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SIZES = {"desk": (1280, 900), "phone": (390, 844)}
@@ -67,13 +65,6 @@ def browser():
         made.close()
 
 
-def study():
-    """A measurement of sensitivity with more layers than are shown at first."""
-    ladder = {width: get_recipe(name).inner for width, name in (("w4a4", "quartz-w4a4"), ("w8a8", "int8-w8a8"))}
-    damage = [LayerDamage(f"layers.{n}", "inner", 100, 10, 100, {width: [10.0**-n, 0.5] for width in ladder}) for n in range(40)]
-    return Sensitivity("UNet", [900.0, 0.0], ladder, damage, damage[:2])
-
-
 HEALED = {
     "method": "talora",
     "settings": {"steps": 30, "loras": 2},
@@ -90,10 +81,10 @@ HEALED = {
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory, input_codes, weight_codes, bench):
+def pages(tmp_path_factory, input_codes, weight_codes, bench, study):
     """The address of every kind of page."""
     folder = tmp_path_factory.mktemp("page")
-    write_report(results(input_codes, weight_codes), folder / "report.html", speed_of(bench()))
+    write_report(results(input_codes, weight_codes), folder / "report.html", speed_of(bench()), heatmap_of(study()))
     write_healing_report(HEALED, folder / "healing.html", "healed")
     write_heatmap(study(), folder / "sensitivity.html", {f"layers.{n}": "w4a4" for n in range(40)})
     write_speed_report(speed_of(bench()), folder / "speed.html")
@@ -166,6 +157,48 @@ def test_inputs_on_their_levels_open_by_keyboard(browser, address, size):
     assert pictures.first.locator(".bars").evaluate(colour) != pictures.first.locator("text").first.evaluate(colour)
     bars = page.locator(".speed:visible .own .bar")
     assert bars.first.bounding_box()["width"] > 1.8 * page.locator(".speed:visible tr:not(.own) .bar").first.bounding_box()["width"]
+    visit.check()
+
+
+CONTRASTS = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const over = (...colours) => {
+    for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const luminance = colour => {
+    const [r, g, b] = colour.map(part => part / 255).map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const page = getComputedStyle(document.body).backgroundColor;
+  return [...document.querySelectorAll(".heat td[style]")].map(cell => {
+    const style = getComputedStyle(cell), under = over(page, style.backgroundColor);
+    const [less, more] = [luminance(under), luminance(over(style.color))].sort((one, other) => one - other);
+    return {contrast: (more + 0.05) / (less + 0.05), page: luminance(over(page)), cell: luminance(under)};
+  });
+}"""  # as WCAG 2 defines them
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_heat_map_opens_by_keyboard_and_can_be_read(browser, address, size, scheme):
+    visit = Visit(browser, address, size, scheme)
+    page, section = visit.page, visit.page.locator("section[aria-labelledby=sensitivity]")
+    rows = section.locator("tbody tr:visible")
+    assert rows.count() == 1 + 16  # the family and the most sensitive layers at the first width; all others on demand
+    section.locator("details[open] > details.inner > summary").press("Enter")
+    assert rows.count() == 1 + 40
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Sensitivity of more layers at w4a4"
+    assert page.get_by_role("region", name="Sensitivity of families at w4a4").is_visible()
+    while section.locator("details:not([open]) > summary:visible").count():
+        section.locator("details:not([open]) > summary:visible").first.press("Enter")
+    assert rows.count() == 2 * (1 + 40)
+    cells = page.evaluate(CONTRASTS)
+    assert len(cells) == 2 * 2 * (1 + 40)
+    assert min(cell["contrast"] for cell in cells) >= 4.5  # numbers on the strongest colour too
+    assert max(abs(cell["cell"] - cell["page"]) for cell in cells) > 0.1  # and there is colour
     visit.check()
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from halfbyte.report import save_results, write_report
 from halfbyte.report.charts import COLOURS, PLAIN, entropy_plots, layer_plot, marker_points, timestep_plot
 from halfbyte.report.figures import number as fixed
 from halfbyte.report.figures import with_interval
+from halfbyte.report.heatmap import heatmap_of
 from halfbyte.report.page import significant
 from halfbyte.report.pictures import GUTTER
 from halfbyte.report.speed import speed_of
@@ -107,7 +109,8 @@ def test_names_are_text_not_markup(page, EVIL):
     assert page.prose.count(EVIL) >= 8  # title, heading, tables, captions, legend, layer name, environment
 
 
-def test_ids_are_unique_and_every_reference_leads_somewhere(page):
+def check_references(page: Page) -> None:
+    """Ids are unique, and every reference leads to one."""
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     wanted = set()
@@ -120,6 +123,10 @@ def test_ids_are_unique_and_every_reference_leads_somewhere(page):
                 wanted.add(value[1:])
     assert wanted
     assert wanted <= set(ids)
+
+
+def test_ids_are_unique_and_every_reference_leads_somewhere(page):
+    check_references(page)
 
 
 def test_pictures_and_charts_speak(page, LAYERS):
@@ -293,6 +300,24 @@ def test_speeds_stand_on_the_same_page(results, bench, tmp_path):
     write_report(results, tmp_path / "report.html", speed_of(bench()))
     made = Page((tmp_path / "report.html").read_text("utf-8"))
     assert "One step of a whole model unet" in made.prose
+
+
+def test_sensitivities_stand_on_the_same_page(results, bench, study, LAYERS, EVIL, tmp_path):
+    plain, heatmap = write(results, tmp_path), heatmap_of(study(LAYERS))
+    write_report(results, tmp_path / "report.html", speed_of(bench()), heatmap)
+    made = Page((tmp_path / "report.html").read_text("utf-8"))
+    check_references(made)
+    assert "Sensitivity" not in plain.prose
+    assert made.all("meta") == plain.all("meta")  # the policy is the same
+    assert made.text.count("<script") == 1
+    assert made.prose.count(EVIL) == plain.prose.count(EVIL) + 2  # in the tables of two widths
+    assert all(cell.get("scope") for cell in made.all("th"))
+    levels = [int(tag[1]) for tag, _ in made.elements if tag in ("h1", "h2", "h3", "h4")]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    regions = [area["aria-label"] for area in made.all("div") if area.get("role") == "region" and "aria-label" in area]
+    assert len(regions) == len(set(regions))
+    assert {f"Sensitivity of {what} at {width}" for what in ("families", "layers") for width in ("w4a4", "w8a8")} <= set(regions)
 
 
 def test_a_page_of_500_layers_stays_below_5_megabytes(results, tmp_path, make_layer):

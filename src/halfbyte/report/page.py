@@ -18,6 +18,7 @@ from halfbyte.report.schema import Figure, Results, Run, check_results, finite
 from halfbyte.report.svg import draw
 
 if TYPE_CHECKING:
+    from halfbyte.report.heatmap import Heatmap
     from halfbyte.report.speed import Speed
 
 FOUR_BITS = 6.0  # stored bits a weight below which a recipe counts as 4-bit: shifts and 8-bit edges come on top of 4
@@ -40,20 +41,20 @@ class Card:
     note: str
 
 
-def write_report(results: Any, path: str | Path, speed: "Speed | None" = None) -> None:
+def write_report(results: Any, path: str | Path, speed: "Speed | None" = None, heatmap: "Heatmap | None" = None) -> None:
     """Write results as one HTML page that loads nothing from elsewhere.
 
     The page appears at `path` whole or not at all; a page that is there already is replaced.
 
     Args:
         results: as `halfbyte.report.schema.Results` describes them, such as the content of a results.json.
-        speed: a measurement to stand on the same page.
+        speed, heatmap: measurements to stand on the same page.
     Raises:
         HalfbyteError: when the results are incomplete or of another version.
         CheckpointError: when the file cannot be written.
         MissingExtraError: without jinja2 or matplotlib.
     """
-    write_file(path, render(check_results(results), speed).encode("utf-8"))
+    write_file(path, render(check_results(results), speed, heatmap).encode("utf-8"))
 
 
 def environment() -> Any:
@@ -84,7 +85,7 @@ def environment() -> Any:
     return made
 
 
-def render(results: Results, speed: "Speed | None" = None) -> str:
+def render(results: Results, speed: "Speed | None" = None, heatmap: "Heatmap | None" = None) -> str:
     """The page as text."""
     runs, script = results["runs"], SCRIPT.read_text(encoding="utf-8")
     drawings = LevelDrawings()
@@ -106,6 +107,7 @@ def render(results: Results, speed: "Speed | None" = None) -> str:
         levels=levels,
         symbols=drawings.symbols(),
         speed=speed,
+        heatmap=heatmap,
         plain=PLAIN,
         plain_name=PLAIN_NAME,
     )
