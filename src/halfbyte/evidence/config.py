@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from halfbyte.errors import EvaluationError, HalfbyteError, listed
+from halfbyte.errors import EvaluationError, HalfbyteError, RecipeError, listed
 from halfbyte.evaluate.sampling import Sampling
 from halfbyte.presets import get_recipe
 from halfbyte.recipe import Recipe
@@ -24,6 +24,7 @@ class RunConfig:
     name: str | None = None  # in the table; the recipe's own by default
     gptq: bool = False  # compensate the rounding errors of the weights
     smooth: float | None = None  # strength of SmoothQuant scaling
+    rank: int | None = None  # of the 16-bit branch of inner layers, for recipes that have one
     heal: dict[str, Any] | None = None  # fine-tune afterwards: options of `halfbyte.heal`, such as {steps: 300}
     published: list[dict[str, Any]] = field(default_factory=list)  # {figure, value, source} of the literature
 
@@ -34,6 +35,10 @@ class RunConfig:
             RecipeError: when there is none.
         """
         recipe = get_recipe(self.recipe or "")
+        if self.rank is not None:
+            if self.rank < 1 or not recipe.inner.low_rank:
+                raise RecipeError(f"rank must be at least 1, of a recipe with a 16-bit branch; got {self.rank} for {recipe.name}")
+            recipe = recipe.replace(name=f"{recipe.name}-rank{self.rank}", inner=recipe.inner.replace(low_rank=self.rank))
         recipe = recipe.compensated() if self.gptq else recipe
         return recipe if self.smooth is None else recipe.smoothed(self.smooth)
 
