@@ -71,6 +71,25 @@ void absmax_bfloat16(const void* values, int64_t count, Range* range) {
   for (uint16_t lane : lanes) range->absmax = std::max(range->absmax, static_cast<uint32_t>(lane) << 16);
 }
 
+// See avx512_float.cpp.
+static inline float from_order(int32_t key) {
+  return float_of_bits(static_cast<uint32_t>((key ^ (key >> 15 & 0x7fff)) & 0xffff) << 16);
+}
+
+void range_bfloat16(const void* values, int64_t count, Range* range) {
+  absmax_bfloat16(values, count, range);
+  __m256i low = _mm256_setzero_si256(), high = low;
+  each_step<Dtype::bfloat16, 16>(values, count, [&](const void* from, int64_t at, int64_t) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(from) + at));
+    const __m256i keys = _mm256_xor_si256(bits, _mm256_srli_epi16(_mm256_srai_epi16(bits, 15), 1));
+    low = _mm256_min_epi16(low, keys), high = _mm256_max_epi16(high, keys);
+  });
+  int16_t least[16], most[16];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(least), low), _mm256_storeu_si256(reinterpret_cast<__m256i*>(most), high);
+  range->low = std::min(range->low, from_order(*std::min_element(least, least + 16)));
+  range->high = std::max(range->high, from_order(*std::max_element(most, most + 16)));
+}
+
 // ---- first rounding: floats to bytes ----------------------------------------------------------------------------------------
 
 // See avx512_float.cpp.
@@ -296,9 +315,8 @@ void avx2_finish(const int32_t* sums, int sum_stride, const Epilogue& e, const R
 }
 
 void avx2_range(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* found) {
-  if (only_absmax && dtype == Dtype::bfloat16) return absmax_bfloat16(values, count, found);
+  if (dtype == Dtype::bfloat16) return (only_absmax ? absmax_bfloat16 : range_bfloat16)(values, count, found);
   if (dtype == Dtype::float32) return range<Dtype::float32>(values, count, found);
-  if (dtype == Dtype::bfloat16) return range<Dtype::bfloat16>(values, count, found);
   range<Dtype::float16>(values, count, found);
 }
 

@@ -60,6 +60,30 @@ void absmax_bfloat16(const void* values, int64_t count, Range* range) {
   range->absmax = std::max(range->absmax, static_cast<uint32_t>(_mm512_reduce_max_epu32(wide)));
 }
 
+// Bits of bfloat16 as integers in the order of the values, and back.
+static inline __m512i in_order(__m512i bits) {
+  return _mm512_xor_si512(bits, _mm512_srli_epi16(_mm512_srai_epi16(bits, 15), 1));
+}
+static inline float from_order(int32_t key) {
+  return float_of_bits(static_cast<uint32_t>((key ^ (key >> 15 & 0x7fff)) & 0xffff) << 16);
+}
+
+// NaN and infinities may show in `low` and `high`, but always in `absmax` too.
+void range_bfloat16(const void* values, int64_t count, Range* range) {
+  absmax_bfloat16(values, count, range);
+  const auto* from = static_cast<const uint16_t*>(values);
+  __m512i low = _mm512_setzero_si512(), high = low;
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 valid = count - i >= 32 ? ~0u : (1u << (count - i)) - 1;
+    const __m512i keys = in_order(_mm512_maskz_loadu_epi16(valid, from + i));
+    low = _mm512_min_epi16(low, keys), high = _mm512_max_epi16(high, keys);
+  }
+  const auto even = [](__m512i v) { return _mm512_srai_epi32(_mm512_slli_epi32(v, 16), 16); };
+  const auto odd = [](__m512i v) { return _mm512_srai_epi32(v, 16); };
+  range->low = std::min(range->low, from_order(_mm512_reduce_min_epi32(_mm512_min_epi32(even(low), odd(low)))));
+  range->high = std::max(range->high, from_order(_mm512_reduce_max_epi32(_mm512_max_epi32(even(high), odd(high)))));
+}
+
 // ---- first rounding: floats to bytes ----------------------------------------------------------------------------------------
 
 // Magnitudes of a minifloat table that holds every integer below 2**bits: round to that many digits, but no finer than 1.
@@ -269,9 +293,8 @@ void avx512_finish(const int32_t* sums, int sum_stride, const Epilogue& e, const
 }
 
 void avx512_range(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* found) {
-  if (only_absmax && dtype == Dtype::bfloat16) return absmax_bfloat16(values, count, found);
+  if (dtype == Dtype::bfloat16) return (only_absmax ? absmax_bfloat16 : range_bfloat16)(values, count, found);
   if (dtype == Dtype::float32) return range<Dtype::float32>(values, count, found);
-  if (dtype == Dtype::bfloat16) return range<Dtype::bfloat16>(values, count, found);
   range<Dtype::float16>(values, count, found);
 }
 
