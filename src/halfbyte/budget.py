@@ -59,19 +59,19 @@ class Limit:
 
 
 def stored_bits(spec: LayerSpec | None) -> float:
-    """Bits a weight takes on disk, shifts included; what has no packed form counts with the width of its codes."""
+    """Bits a weight takes on disk, multipliers included; what has no packed form counts with the width of its codes."""
     if spec is None:
         return 16.0
     return spec.weight.bits
 
 
 def stored_megabytes(layer: LayerDamage, spec: LayerSpec | None) -> float:
-    """Of a layer's codes and shifts, and a float32 scale for every output channel."""
+    """Of a layer's codes and multipliers, and a float32 scale for every output channel."""
     return (layer.weights * stored_bits(spec) / 8 + (0 if spec is None else 4 * layer.channels)) / 1e6
 
 
 def input_bits(spec: LayerSpec | None) -> float:
-    """Bits of an input value, shifts not counted: they are made and used up inside the layer."""
+    """Bits of an input value, multipliers not counted: they are made and used up inside the layer."""
     return 16.0 if spec is None or spec.activation is None else get_grid(spec.activation.grid).bits
 
 

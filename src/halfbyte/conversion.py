@@ -417,7 +417,7 @@ def packed_layers(model: nn.Module) -> dict[str, Packed]:
 
 
 def stored_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of the quantized layers' codes, scales and shifts on disk, and of the same weights in bf16 (biases in neither)."""
+    """Bytes of the quantized layers' codes, scales and multipliers on disk, and of the same weights in bf16 (biases in neither)."""
     stored = plain = 0
     for layer in packed_layers(model).values():
         shapes = layer.stored_shapes()

@@ -250,7 +250,7 @@ class FakeQuant(QuantizedLayer):
         return self.weight if self.spec.weight.sets == 1 else self.weight[chosen]  # type: ignore[no-any-return]
 
     def quantized_weight(self, chosen: int = 0) -> QuantizedWeight:
-        """Levels, shifts and scales of the weight, or of one of its sets, as it is now."""
+        """Levels, multipliers and scales of the weight, or of one of its sets, as it is now."""
         matrix = weight_to_matrix(self, self.float_weight(chosen).detach())  # type: ignore[arg-type]
         return quantize_weight(matrix, self.weight_scale, self.spec.weight)
 
@@ -345,7 +345,7 @@ class LayerReport:
 
     @property
     def bits(self) -> float:
-        """Stored bits a weight: codes, shifts, all sets, scales of groups, low-rank branch; 16 where the layer stays in float."""
+        """Stored bits a weight: codes, multipliers, all sets, scales of groups, low-rank branch; 16 where the layer stays in float."""
         if self.spec is None:
             return 16.0
         weight, rows = self.spec.weight, self.shape[0]

@@ -20,7 +20,7 @@ class HealResult:
         timesteps: the entries of the tables, ascending, as the denoiser takes them.
         choice: by layer, which of its weight sets serves each of them: uint8 (T,). Empty where layers have one.
         gamma: weight of the loss at each of them, float32 (T,); None: all alike.
-        stored_bytes, stored_before: of the quantized layers' codes, scales and shifts, packed; with all sets, and with one.
+        stored_bytes, stored_before: of the quantized layers' codes, scales and multipliers, packed; with all sets, and with one.
         share: trained parameters, over those of the float model.
         trained: of quest, by stage, the layers whose weights and whose scales were trained.
         peak_bytes: most memory the process held, on the device it trained on.
@@ -61,7 +61,7 @@ class HealResult:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of the codes, scales, shifts and tables of a model's trainable quantized layers, once packed."""
+    """Bytes of the codes, scales, multipliers and tables of a model's trainable quantized layers, once packed."""
     total = 0
     for layer in model.modules():
         if isinstance(layer, FakeQuant):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from halfbyte.report.heatmap import Heatmap
     from halfbyte.report.speed import Speed
 
-FOUR_BITS = 6.0  # stored bits a weight below which a recipe counts as 4-bit: shifts and 8-bit edges come on top of 4
+FOUR_BITS = 6.0  # stored bits a weight below which a recipe counts as 4-bit: multipliers and 8-bit edges come on top of 4
 PIXELS_BELOW = 800  # width of a picture that the page enlarges, and so shows pixel by pixel; larger ones are smoothed
 FORMATS = (  # how to read what `LayerSpec.describe` says
     "int4 and int8 are integers; lzs4 is int4 without -8; e2m1 and its like are floats of so many exponent and mantissa bits, "
