@@ -72,10 +72,6 @@ void absmax_bfloat16(const void* values, int64_t count, Range* range) {
 }
 
 // See avx512_float.cpp.
-static inline float from_order(int32_t key) {
-  return float_of_bits(static_cast<uint32_t>((key ^ (key >> 15 & 0x7fff)) & 0xffff) << 16);
-}
-
 void range_bfloat16(const void* values, int64_t count, Range* range) {
   absmax_bfloat16(values, count, range);
   __m256i low = _mm256_setzero_si256(), high = low;

@@ -60,12 +60,9 @@ void absmax_bfloat16(const void* values, int64_t count, Range* range) {
   range->absmax = std::max(range->absmax, static_cast<uint32_t>(_mm512_reduce_max_epu32(wide)));
 }
 
-// Bits of bfloat16 as integers in the order of the values, and back.
+// Bits of bfloat16 as integers in the order of the values; from_order is the way back.
 static inline __m512i in_order(__m512i bits) {
   return _mm512_xor_si512(bits, _mm512_srli_epi16(_mm512_srai_epi16(bits, 15), 1));
-}
-static inline float from_order(int32_t key) {
-  return float_of_bits(static_cast<uint32_t>((key ^ (key >> 15 & 0x7fff)) & 0xffff) << 16);
 }
 
 // NaN and infinities may show in `low` and `high`, but always in `absmax` too.

@@ -27,6 +27,11 @@ static inline float from_float16(uint16_t half) {
   return float_of_bits(sign | bits_of_float(static_cast<float>(rest) * 0x1p-24f));  // subnormal: exact
 }
 
+// The bfloat16 whose bits, those of negative values turned round so that integers are in the order of the values, are `key`.
+static inline float from_order(int32_t key) {
+  return float_of_bits(static_cast<uint32_t>((key ^ (key >> 15 & 0x7fff)) & 0xffff) << 16);
+}
+
 static inline uint16_t to_float16(float value) {
   const uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
   if (rest > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
