@@ -345,7 +345,7 @@ class LayerReport:
 
     @property
     def bits(self) -> float:
-        """Stored bits a weight: codes, multipliers, all sets, scales of groups, low-rank branch; 16 where the layer stays in float."""
+        """Stored bits a weight: codes, multipliers, all sets, scales of groups, low-rank branch; 16 where it stays in float."""
         if self.spec is None:
             return 16.0
         weight, rows = self.spec.weight, self.shape[0]
