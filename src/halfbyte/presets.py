@@ -63,7 +63,9 @@ PRESETS: dict[str, Recipe] = {
         Recipe("msfp-signed-w4a4", FP4, search=GridSearch(unsigned_grids=())),  # what MSFP improves on: signed grids everywhere
         Recipe("msfp-w6a6", FP6, search=GridSearch(FP6_SIGNED, FP6_SIGNED, FP6_UNSIGNED)),  # simulated
         Recipe("quest-w8a8", LayerSpec(WeightSpec("int8", norm=2.4), ActivationSpec("int8", scale="timestep"))),
-        Recipe("quest-w4a8", LayerSpec(QUEST_WEIGHT, ActivationSpec("int8", scale="timestep"))),
+        Recipe(  # the paper's starts from AdaRound; GPTQ leaves as little and takes seconds
+            "quest-w4a8", LayerSpec(QUEST_WEIGHT.replace(rounding="gptq"), ActivationSpec("int8", scale="timestep"))
+        ),
         Recipe("quest-w4a4", LayerSpec(QUEST_WEIGHT, ActivationSpec("int4", scale="timestep")), search=INTEGERS),
         Recipe("quest-paper-w4a4", LayerSpec(QUEST_WEIGHT, ActivationSpec("int4", scale="static")), search=INTEGERS),
         Recipe(  # Q-Diffusion: AdaRound, scales shared over time, a product for each part of a skip concatenation
