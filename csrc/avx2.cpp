@@ -173,6 +173,8 @@ const Kernels* avx2_kernels() {
       .finish = avx2_finish,
       .search = avx2_search,
       .round = avx2_round,
+      .soften = avx2_soften,
+      .gather = avx2_gather,
   };
   static const Kernels kernels = {
       .rows = 3,
@@ -186,6 +188,8 @@ const Kernels* avx2_kernels() {
       .finish = avx2_finish,
       .search = avx2_search,
       .round = avx2_round,
+      .soften = avx2_soften,
+      .gather = avx2_gather,
       .narrow = &narrow,
   };
   return &kernels;

@@ -11,5 +11,7 @@ void avx2_finish(const int32_t* sums, int sum_stride, const Epilogue& epilogue, 
 void avx2_decode(const Nibbles& from, uint8_t* panel);  // shifted int8
 void avx2_search(const ScaleSearch& search, uint8_t* work);
 Energy avx2_round(const WeightRounding& rounding, uint8_t* work);
+void avx2_soften(const Softening& softening);
+void avx2_gather(const Gathering& gathering);
 
 }  // namespace halfbyte

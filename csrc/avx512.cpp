@@ -187,6 +187,8 @@ const Kernels* avx512_kernels() {
       .finish = avx512_finish,
       .search = avx512_search,
       .round = avx512_round,
+      .soften = avx512_soften,
+      .gather = avx512_gather,
   };
   return &kernels;
 }

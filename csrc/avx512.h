@@ -11,5 +11,7 @@ void avx512_encode(const void* values, Dtype dtype, int64_t count, const Encodin
 void avx512_finish(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);
 void avx512_search(const ScaleSearch& search, uint8_t* work);
 Energy avx512_round(const WeightRounding& rounding, uint8_t* work);
+void avx512_soften(const Softening& softening);
+void avx512_gather(const Gathering& gathering);
 
 }  // namespace halfbyte

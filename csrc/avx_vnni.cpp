@@ -58,6 +58,8 @@ const Kernels* avx_vnni_kernels() {
       .finish = avx2_finish,
       .search = avx2_search,
       .round = avx2_round,
+      .soften = avx2_soften,
+      .gather = avx2_gather,
   };
   return &kernels;
 }

@@ -190,6 +190,20 @@ std::pair<double, double> round_weights(const std::array<uint64_t, 4>& weights, 
   return {energy.signal, energy.noise};
 }
 
+// address, dtype code, tokens, channels, image stride, head stride, token stride
+using HeadsArguments = std::array<int64_t, 7>;
+
+hb::Heads heads_of(const HeadsArguments& given) {
+  return {reinterpret_cast<const void*>(given[0]), dtype_of(static_cast<int>(given[1])), given[2], given[3], given[4], given[5], given[6]};
+}
+
+void attend(int64_t images, int64_t heads, const HeadsArguments& queries, const HeadsArguments& keys, const HeadsArguments& values,
+            double factor, const HeadsArguments& output, int threads) {
+  nb::gil_scoped_release unlocked;
+  hb::attend({hb::default_isa(), threads, hb::parallel_for}, images, heads, heads_of(queries), heads_of(keys), heads_of(values),
+             static_cast<float>(factor), heads_of(output));
+}
+
 }  // namespace
 
 NB_MODULE(_engine, m) {
@@ -211,6 +225,7 @@ NB_MODULE(_engine, m) {
   m.def("pack", &pack, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("unpack", &unpack, nb::arg(), nb::arg(), nb::arg().none());
   m.def("search_scales", &search_scales);
+  m.def("attend", &attend);
   m.def("round_weights", &round_weights, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("forward", &forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
 }

@@ -163,6 +163,23 @@ void product(const Run& run, const uint8_t* quantized, const uint8_t* packed, co
 // `quantize` into scratch memory of this thread, then `product`.
 void forward(const Run& run, const Input& input, const InputFormat& format, const uint8_t* packed, const float* weight_scale,
              const float* bias, const Output& output);
+// ---- attention --------------------------------------------------------------------------------------------------------------
+
+// The vectors of one kind (queries, say) of the heads of some images: channels adjacent, strides in elements.
+struct Heads {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int64_t tokens = 0, channels = 0;
+  int64_t image_stride = 0, head_stride = 0, token_stride = 0;
+};
+
+// Both products of attention in 8-bit integers, softmax included; runtime/attention.py says how, in the same float32 operations.
+// Rows of queries with a NaN or an infinity come out as NaN, and so does a head with one among its keys or values.
+//
+// factor: log2(e) times the scale of the scores. output: as many tokens as queries, as many channels as values.
+void attend(const Run& run, int64_t images, int64_t heads, const Heads& queries, const Heads& keys, const Heads& values,
+            float factor, const Heads& output);
+
 // Frees the scratch memory that this thread keeps between calls.
 void release_scratch();
 

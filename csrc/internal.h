@@ -27,9 +27,23 @@ void scalar_search(const ScaleSearch& search, uint8_t* work);
 Energy scalar_round(const WeightRounding& rounding, uint8_t* work);
 void scalar_product(const Run& run, const Problem& problem, const Output& output);
 
+// A call of `attend`.
+struct Attention {
+  int64_t images, heads;
+  const Heads &queries, &keys, &values, &output;
+  float factor;
+
+  static const char* at(const Heads& of, int64_t image, int64_t head, int64_t token) {
+    const int64_t index = image * of.image_stride + head * of.head_stride + token * of.token_stride;
+    return static_cast<const char*>(of.data) + index * (of.dtype == Dtype::float32 ? 4 : 2);
+  }
+};
+
+void scalar_attend(const Run& run, const Attention& call);
+
 // Memory of this thread that outlives the call, aligned to 64; contents are left from earlier uses. Slots are independent.
-enum class Slot { input, panel, rows, sums, weights };
-constexpr int slot_count = 5;
+enum class Slot { input, panel, rows, sums, weights, heads };
+constexpr int slot_count = 6;
 uint8_t* scratch(Slot slot, size_t bytes);
 
 }  // namespace halfbyte

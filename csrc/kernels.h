@@ -75,6 +75,44 @@ struct WeightRounding {
   uint8_t* multipliers;
 };
 
+constexpr int key_block = 64;  // keys that share an exponent
+
+// Sums of a tile of rows with several panels, which `tile` made some blocks at a time.
+struct TileSums {
+  const int32_t* first;
+  int blocks;      // of a tile
+  int64_t stride;  // between tiles
+
+  const int32_t* at(int row, int64_t block) const {
+    return first + block / blocks * stride + (row * blocks + block % blocks) * 16;
+  }
+};
+
+// Some rows of queries and one block of keys: what is summed so far, and what the block adds to it. Scores s become the codes of
+// 2**(s - exponent), 255 at 0; exponents are whole numbers.
+struct Softening {
+  int rows;
+  TileSums sums;               // over channels, for 4 blocks of 16 keys
+  const int32_t* corrections;  // of each key, to be taken off
+  const float* key_scales;
+  const float* row_scales;
+  int keys;                    // valid ones
+  bool first;                  // nothing is summed so far
+  uint8_t* codes;              // (rows, 64): byte 4 * i + b is that of key 16 * b + i
+  float *exponents, *totals;   // of the rows so far, and then with this block
+  float *keep, *weight;        // (rows,): what the sums so far, and those of this block, are to be multiplied with
+};
+
+// acc = acc * keep + (sums - corrections) * weight, for rows of `blocks` blocks of 16 channels.
+struct Gathering {
+  int rows;
+  int64_t blocks;
+  TileSums sums;               // over keys
+  const int32_t* corrections;  // of each channel, or null
+  const float *keep, *weight;
+  float* acc;  // (rows, 16 * blocks)
+};
+
 struct Kernels {
   int rows = 1, blocks = 1;  // of a tile: input rows, blocks of 16 output channels. Its sums are (rows, 16 * blocks) int32
   int thin_rows = 0;         // `thin` takes at most this many; 0: there is none
@@ -94,6 +132,9 @@ struct Kernels {
   void (*finish)(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows) = nullptr;
   void (*search)(const ScaleSearch& search, uint8_t* work) = nullptr;
   Energy (*round)(const WeightRounding& rounding, uint8_t* work) = nullptr;
+  void (*soften)(const Softening& softening) = nullptr;
+  void (*gather)(const Gathering& gathering) = nullptr;
+  int tile_zero = 0;  // what `tile` and `thin` take off every input byte
   const Kernels* narrow = nullptr;  // others for tiled nibbles with levels of at most `narrow_level`
   int even_rows = 0;                // `tile` reads rows in runs of this many, evenly spaced; the driver copies others together
   int step = 0;                     // chunks of K that `tile` takes at once, so that the rows stay in L1; 0: all

@@ -12,6 +12,7 @@
 #include "floats.h"
 #include "multiples.h"
 #include "shifted.h"
+#include "softmax.h"
 
 namespace halfbyte {
 namespace {
@@ -335,6 +336,9 @@ const Kernels* neon_kernels() {
       .finish = finish,
       .search = scalar_search,
       .round = scalar_round,
+      .soften = Softmax<4>::soften,
+      .gather = Softmax<4>::gather,
+      .tile_zero = 128,
   };
   return &kernels;
 }

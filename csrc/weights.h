@@ -13,6 +13,7 @@
 #include "floats.h"
 #include "grids.h"
 #include "kernels.h"
+#include "lanes.h"
 #include "shifted.h"
 
 namespace halfbyte {
@@ -20,28 +21,6 @@ namespace {
 
 enum class Levels { whole, minifloat, powers };  // how far the levels of a table are apart
 enum class Multipliers { none, shifts, multiples };
-
-// Vectors of 4, 8 and 16 lanes (gcc does not keep a vector's size where it depends on a template argument).
-template <int W>
-struct Lanes;
-template <>
-struct Lanes<4> {
-  typedef float Floats __attribute__((vector_size(16)));
-  typedef int32_t Ints __attribute__((vector_size(16)));
-  typedef double Doubles __attribute__((vector_size(32)));
-};
-template <>
-struct Lanes<8> {
-  typedef float Floats __attribute__((vector_size(32)));
-  typedef int32_t Ints __attribute__((vector_size(32)));
-  typedef double Doubles __attribute__((vector_size(64)));
-};
-template <>
-struct Lanes<16> {
-  typedef float Floats __attribute__((vector_size(64)));
-  typedef int32_t Ints __attribute__((vector_size(64)));
-  typedef double Doubles __attribute__((vector_size(128)));
-};
 
 // Adds v[1..] to v[0] in pairs, an odd one out going last; quantizers._sum_columns.
 template <typename V>

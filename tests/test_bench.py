@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from halfbyte.bench import layers, models, timing
+from halfbyte.bench import layers, models, pipelines, timing
 from halfbyte.bench.run import run, table
 from halfbyte.cli import app
 from halfbyte.conversion import memory_bytes, packed_layers
@@ -25,8 +25,8 @@ def test_layers_are_timed_beside_their_rivals(kind):
 
 def test_a_whole_model_is_timed_beside_its_float_twins():
     rows = run(["pipeline"], smoke=True)
-    assert [row["contestant"] for row in rows] == ["quartz-w4a8", "quartz-w4a4", "torch bf16", "torch fp32"]
-    assert all(row["weight_bytes_of_bf16"] < 0.3 for row in rows[:2])
+    assert [row["contestant"] for row in rows] == ["quartz-w4a8", "quartz-w4a4", "quartz-w4a8+attention", *pipelines.FLOATS]
+    assert all(row["weight_bytes_of_bf16"] < 0.3 for row in rows[:3])
 
 
 def test_the_contestants_take_turns():

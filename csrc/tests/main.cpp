@@ -20,6 +20,8 @@ void test_shapes_of_models();
 void test_zero_sizes();
 void test_misaligned();
 void test_concurrent_callers();
+void test_attention();
+void test_refused_attention();
 
 }  // namespace halfbyte
 
@@ -43,7 +45,9 @@ int main(int count, char** arguments) {
                {"models", test_shapes_of_models},
                {"zero", test_zero_sizes},
                {"misaligned", test_misaligned},
-               {"concurrent", test_concurrent_callers}};
+               {"concurrent", test_concurrent_callers},
+               {"attention", test_attention},
+               {"heads", test_refused_attention}};
   for (const auto& test : tests) {
     if (count > 1 && std::string(arguments[1]) != test.name) continue;
     const int before = failures, so_far = checks;

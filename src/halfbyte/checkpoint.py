@@ -196,7 +196,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-LAYOUT_KEYS = {"quant_method", "format_version", "recipe", "specs", "layers", "smoothed", "timesteps", "splits", "files"}
+OPTIONAL_KEYS = {"smoothed", "timesteps", "splits", "attention", "files"}
+LAYOUT_KEYS = {"quant_method", "format_version", "recipe", "specs", "layers"} | OPTIONAL_KEYS
 
 
 @dataclass
@@ -208,6 +209,7 @@ class Layout:
     smoothed: list[str] = field(default_factory=list)  # names of the layers that carry an input scale
     timesteps: list[float] = field(default_factory=list)  # ascending; those that the layers' tables over time have an entry for
     splits: dict[str, list[int]] = field(default_factory=dict)  # channels of each part, by the name of the float layer
+    attention: list[str] = field(default_factory=list)  # names of the modules whose products are those of integers
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; each distinct spec is written once."""
@@ -219,7 +221,7 @@ class Layout:
             "specs": [spec.to_dict() for spec in distinct],
             "layers": {name: distinct.index(spec) for name, spec in self.layers.items()},
         }
-        optional = {"smoothed": self.smoothed, "timesteps": self.timesteps, "splits": self.splits}
+        optional = {"smoothed": self.smoothed, "timesteps": self.timesteps, "splits": self.splits, "attention": self.attention}
         return entry | {key: value for key, value in optional.items() if value}
 
     @classmethod
@@ -242,7 +244,10 @@ class Layout:
             if not timesteps and any(spec.over_time for spec in specs):
                 raise TypeError("its layers have tables over time, but it lists no timesteps")
             splits = {str(name): _sizes(sizes) for name, sizes in entry.get("splits", {}).items()}
-            return cls(Recipe.from_dict(entry["recipe"]), layers, smoothed, timesteps, splits)
+            attention = entry.get("attention", [])
+            if not isinstance(attention, list) or not all(isinstance(name, str) for name in attention):
+                raise TypeError(f"attention must be a list of names, got {attention!r}")
+            return cls(Recipe.from_dict(entry["recipe"]), layers, smoothed, timesteps, splits, attention)
         except RecipeError as error:
             raise CorruptError(f"{where}: {error}") from error
         except (KeyError, TypeError, AttributeError, IndexError) as error:

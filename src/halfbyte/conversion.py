@@ -30,7 +30,7 @@ from halfbyte.layers import (
     weight_to_matrix,
 )
 from halfbyte.methods.adaround import AdaRounding
-from halfbyte.methods.attention import attention_modules, quantize_attention
+from halfbyte.methods.attention import quantized_attention
 from halfbyte.methods.blocks import find_blocks, reconstruct_blocks
 from halfbyte.methods.gptq import gptq
 from halfbyte.methods.low_rank import low_rank_branch
@@ -39,8 +39,9 @@ from halfbyte.methods.msfp import fixed_scale, search_layer
 from halfbyte.methods.smooth import scale_inputs, search_strength, smooth_factors, weight_absmax
 from halfbyte.metrics import sqnr
 from halfbyte.quantizers import FixedScale
-from halfbyte.recipe import LayerOverride, LayerSpec, Recipe, Reconstruction
+from halfbyte.recipe import INTEGERS, LayerOverride, LayerSpec, Recipe, Reconstruction
 from halfbyte.runtime.backends import backend
+from halfbyte.runtime.intercept import attention_modules, integer_attention, replace_attention
 from halfbyte.runtime.layers import Packed
 from halfbyte.runtime.weights import pack_layer, weight_quality, weight_scale
 from halfbyte.splitting import owner_of, split_layers
@@ -229,20 +230,22 @@ def simulate(
     for report in reports:
         report.weight_sqnr, report.choice = quality.get(report.name), searched.get(report.name)
         report.reason += f"; {rounding.notes[report.name]}" if report.name in rounding.notes else ""
-    return Result(model, recipe, reports, known, _simulate_options(model, recipe))
+    return Result(model, recipe, reports, known, switch_on_options(model, recipe))
 
 
-def _simulate_options(model: nn.Module, recipe: Recipe) -> list[str]:
-    """Switch on what a recipe asks for beyond its layers, and which has no packed form; what was done, in words."""
+def switch_on_options(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Switch on what a recipe asks for beyond its layers; what was done, in words."""
     notes = []
     if recipe.attention is not None:
         names = [name for name in attention_modules(model) if not any(re.search(pattern, name) for pattern in recipe.keep)]
-        quantize_attention(model, recipe.attention, names)
-        notes += [f"{name}  attention products, simulated: {recipe.attention.describe()}" for name in names]
+        integers = recipe.attention == INTEGERS
+        replace_attention(model, names, integer_attention if integers else partial(quantized_attention, spec=recipe.attention))
+        how = "in integers" if integers else f"simulated: {recipe.attention.describe()}"
+        notes += [f"{name}  attention products, {how}" for name in names]
     if recipe.temporal:
         follow_differences(model)
         notes.append("all quantized inputs  simulated: what they changed by since the last timestep is quantized (MoDiff)")
-    if notes:
+    if notes and recipe.simulated_only():
         setattr(model, SIMULATED_ATTRIBUTE, recipe.simulated_only())
     return notes
 

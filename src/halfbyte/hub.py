@@ -14,6 +14,7 @@ from halfbyte.errors import CorruptError, ModelError, RecipeError, listed
 from halfbyte.layers import FLOAT32_BUFFERS
 from halfbyte.presets import DEFAULT, get_recipe
 from halfbyte.recipe import LayerSpec, Recipe
+from halfbyte.runtime.intercept import in_integers, replace_attention
 from halfbyte.runtime.layers import Packed, install, packed_shapes
 from halfbyte.splitting import split_layers, splits_of
 
@@ -71,6 +72,7 @@ class LayoutConfig:
             [name for name, layer in layers.items() if layer.input_scale is not None],
             list(timed[0].calibrated) if timed else [],
             splits_of(model),
+            in_integers(model),
         )
         return made
 
@@ -100,6 +102,8 @@ def before_loading(model: nn.Module, config: LayoutConfig, files: Sequence[str |
     layout = config.layout
     try:
         split_layers(model, layout.splits)
+        if layout.attention:
+            replace_attention(model, layout.attention)
     except ModelError as error:
         raise CorruptError(f"the checkpoint does not fit this {type(model).__name__}: {error}") from error
     install(model, layout.layers, layout.smoothed, layout.timesteps)

@@ -254,7 +254,7 @@ class Reconstruction(Fields):
 
 @dataclass(frozen=True)
 class AttentionSpec(Fields):
-    """How attention's two matrix products are quantized; simulated."""
+    """How attention's two matrix products are quantized. uint8 and int8 run in integers (`INTEGERS`), all else is simulated."""
 
     softmax: str | None = "uint8"  # unsigned grid of the softmax output, a scale a row; null: float
     operands: str | None = None  # signed grid of queries and keys (a scale a token) and values (a scale a channel); null: float
@@ -271,6 +271,7 @@ class AttentionSpec(Fields):
         return f"Q, K, V {self.operands or 'float'}; softmax {self.softmax or 'float'}"
 
 
+INTEGERS = AttentionSpec("uint8", "int8")
 INT8 = LayerSpec(WeightSpec("int8", scale="absmax"), ActivationSpec("int8"))
 
 
@@ -314,7 +315,7 @@ class Recipe(Fields):
     reconstruction: Reconstruction | None = None  # how rounding `adaround` optimizes; null: as Reconstruction() does
     overrides: tuple[LayerOverride, ...] = ()  # layers with a spec of their own; the first that matches counts
     split: bool = False  # convolutions that read a concatenation become a sum of one for each part; calibrates
-    attention: AttentionSpec | None = None  # quantize attention's products too; simulated only
+    attention: AttentionSpec | None = None  # quantize attention's products too
     temporal: bool = False  # quantize what an input changed by since the last timestep (MoDiff); simulated only
     keep: tuple[str, ...] = ()  # regular expressions of layer names, or groups such as "@text", to keep in float
 
@@ -356,11 +357,16 @@ class Recipe(Fields):
 
     def simulated_only(self) -> str | None:
         """Why some layer of this recipe cannot run in exact integers (None: all can)."""
-        if self.attention is not None:
-            return "the quantized products of its attention exist in simulation only"
+        if self.attention not in (None, INTEGERS):
+            asked = "" if self.attention is None else self.attention.describe()
+            return f"its attention with {asked} exists in simulation only; {INTEGERS.describe()} runs"
         if self.temporal:
             return "its differences over time exist in simulation only"
         return next((hindrance for hindrance in (spec.simulated_only() for spec in self._layer_specs()) if hindrance), None)
+
+    def with_attention(self) -> "Recipe":
+        """This recipe with the products of attention in 8-bit integers."""
+        return self.replace(name=f"{self.name}+attention", attention=INTEGERS)
 
     def compensated(self) -> "Recipe":
         """This recipe with GPTQ error compensation of the inner weights; needs calibration."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from halfbyte.conversion import packed_layers
 from halfbyte.errors import ModelError
 from halfbyte.layers import TRANSPOSED, adopt, matrix_to_weight
+from halfbyte.runtime.intercept import release_attention
 from halfbyte.runtime.layers import PACKED, Packed
 
 OURS = ("spec", "plan", "timestep", "channels_last")  # attributes that a plain layer does not have
@@ -62,3 +63,4 @@ def unpack_layers(model: nn.Module, dtype: torch.dtype) -> None:
     for name, layer in found:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[layer])
+    release_attention(model)

@@ -10,12 +10,13 @@ from torch import nn
 
 from halfbyte import api, heal, pack
 from halfbyte.errors import HealError, ModelError, PackedError, RecipeError
-from halfbyte.methods.attention import attention_modules, quantized_attention, round_rows
+from halfbyte.methods.attention import quantized_attention, round_rows
 from halfbyte.presets import get_recipe
 from halfbyte.recipe import ActivationSpec, AttentionSpec, LayerSpec, Recipe, WeightSpec
+from halfbyte.runtime.intercept import attention_modules
 
 PLAIN = Recipe("plain", LayerSpec(WeightSpec("int8"), ActivationSpec("int8")))
-EIGHT_BITS = AttentionSpec("uint8", "int8")
+SIMULATED = AttentionSpec("uint8", "int4")
 CASES = {
     "plain": {},
     "scale": {"scale": 0.3},
@@ -42,36 +43,24 @@ def test_unrounded_it_is_torch_s_attention(case, monkeypatch):
         options["attn_mask"][..., 0] = True if options["attn_mask"].dtype == torch.bool else 0.0
     query, key, value = heads()
     expected = F.scaled_dot_product_attention(query, key, value, **options)
-    torch.testing.assert_close(quantized_attention(query, key, value, **options, spec=EIGHT_BITS), expected)
+    torch.testing.assert_close(quantized_attention(query, key, value, **options, spec=SIMULATED), expected)
 
 
 def test_shared_heads_are_repeated(monkeypatch):
     monkeypatch.setattr("halfbyte.methods.attention.round_rows", lambda x, grid: x)
     query, key, value = heads(shared=2)
     expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    torch.testing.assert_close(quantized_attention(query, key, value, enable_gqa=True, spec=EIGHT_BITS), expected)
+    torch.testing.assert_close(quantized_attention(query, key, value, enable_gqa=True, spec=SIMULATED), expected)
 
 
-def in_integers(query, key, value):
-    """One head (L, d), (S, d), (S, e) with all products over whole numbers, scaled once each: what a kernel would do."""
-    q_scale, k_scale = query.abs().amax(1) / 127, key.abs().amax(1) / 127
-    v_scale = value.abs().amax(0) / 127
-    q, k, v = (query / q_scale[:, None]).round().long(), (key / k_scale[:, None]).round().long(), (value / v_scale).round().long()
-    scores = (q @ k.T).double() * q_scale[:, None] * k_scale / math.sqrt(query.shape[1])
-    exponentials = (scores - scores.amax(1, keepdim=True)).exp()  # the largest of a row is 1
-    weights = (exponentials * 255).round().long()
-    return (weights @ v).double() / 255 / exponentials.sum(1, keepdim=True) * v_scale
-
-
-def test_it_equals_products_in_integers():
+def test_it_equals_rounding_by_hand():
     query, key, value = heads()
-    found = quantized_attention(query, key, value, spec=EIGHT_BITS)
-    exact = F.scaled_dot_product_attention(query, key, value)
-    for image in range(2):
-        for head in range(4):
-            expected = in_integers(query[image, head], key[image, head], value[image, head])
-            torch.testing.assert_close(found[image, head].double(), expected, rtol=1e-4, atol=1e-5)
-    assert 0 < (found - exact).abs().max() < 0.02 * value.abs().max()
+    found = quantized_attention(query, key, value, spec=SIMULATED)
+    q, k = (round_rows(one, "int4") for one in (query, key))
+    v = round_rows(value.transpose(-1, -2), "int4").transpose(-1, -2)
+    weights = (q @ k.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)
+    codes = (weights / weights.amax(-1, keepdim=True) * 255).round()
+    torch.testing.assert_close(found, codes * weights.amax(-1, keepdim=True) / 255 @ v)
 
 
 def test_many_equal_probabilities_survive():
@@ -81,11 +70,11 @@ def test_many_equal_probabilities_survive():
 
 def test_gradients_pass_straight_through():
     query, key, value = (tensor.requires_grad_() for tensor in heads())
-    quantized_attention(query, key, value, spec=EIGHT_BITS).square().sum().backward()
+    quantized_attention(query, key, value, spec=SIMULATED).square().sum().backward()
     ours = query.grad.clone()
     query.grad = None
     F.scaled_dot_product_attention(query, key, value).square().sum().backward()
-    assert torch.nn.functional.cosine_similarity(ours.flatten(), query.grad.flatten(), 0) > 0.99
+    assert torch.nn.functional.cosine_similarity(ours.flatten(), query.grad.flatten(), 0) > 0.95
 
 
 KINDS = {
@@ -103,7 +92,7 @@ def test_every_attention_of_a_model_is_quantized_and_listed(name, build, call):
     result = api.quantize(exact, PLAIN, simulate=True)
     assert result.notes == []
     outputs = []
-    for model, grids in ((eight, EIGHT_BITS), (four, AttentionSpec("ue1m3", "int4"))):
+    for model, grids in ((eight, AttentionSpec("uint8", "int8")), (four, AttentionSpec("ue1m3", "int4"))):
         result = api.quantize(model, PLAIN.replace(attention=grids), simulate=True)
         outputs.append(model)
     with torch.no_grad():
@@ -118,12 +107,15 @@ def test_packing_and_healing_refuse_simulated_products(pipe):
     teacher = copy.deepcopy(pipe)
     model = pipe.unet
     recipe = PLAIN.replace(attention=AttentionSpec())
-    with pytest.raises(ModelError, match="cannot be packed: the quantized products of its attention exist in simulation only"):
+    with pytest.raises(
+        ModelError,
+        match="cannot be packed: its attention with Q, K, V float; softmax uint8 exists in simulation only",
+    ):
         api.quantize(model, recipe)
     api.quantize(model, recipe, simulate=True)
-    with pytest.raises(PackedError, match="attention exist in simulation only; quantize it without"):
+    with pytest.raises(PackedError, match="softmax uint8 runs; quantize it without"):
         pack(model)
-    with pytest.raises(HealError, match="cannot be healed: the quantized products of its attention exist in simulation only"):
+    with pytest.raises(HealError, match="cannot be healed: its attention with Q, K, V float; softmax uint8 exists"):
         heal(pipe, teacher, steps=1)
 
 
@@ -160,6 +152,6 @@ def test_bad_specs_and_models_are_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(ModelError, match="has no attention of diffusers"):
         api.quantize(model, PLAIN.replace(attention=AttentionSpec()), simulate=True)
-    recipe = PLAIN.replace(attention=EIGHT_BITS)
+    recipe = PLAIN.replace(attention=SIMULATED)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert get_recipe("int8-w8a8").attention is None

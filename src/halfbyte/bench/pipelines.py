@@ -12,15 +12,19 @@ from halfbyte.bench.synthetic import float_model, packed_model
 from halfbyte.bench.timing import Effort, medians
 from halfbyte.conversion import memory_bytes
 from halfbyte.presets import PRESETS
-from halfbyte.recipe import Recipe
+from halfbyte.runtime.intercept import attention_modules
 
-RECIPES: dict[str, Recipe] = {name: PRESETS[name] for name in ("quartz-w4a8", "quartz-w4a4")}
+LAYERS = (PRESETS["quartz-w4a8"], PRESETS["quartz-w4a4"])
+WITH_ATTENTION = (*LAYERS, PRESETS["quartz-w4a8"].with_attention())  # where it is diffusers'
 FLOATS = {"torch bf16": torch.bfloat16, "torch fp32": torch.float32}
 
 
 def measure(name: str, subject: Subject, effort: Effort) -> list[dict[str, Any]]:
     """One row for each contestant. All models are in memory at once, so that they can take turns."""
-    models = {recipe: packed_model(subject.build, chosen) for recipe, chosen in RECIPES.items()}
+    with torch.device("meta"):
+        recipes = WITH_ATTENTION if attention_modules(subject.build()) else LAYERS
+    models = {recipe.name: packed_model(subject.build, recipe) for recipe in recipes}
+    packed = list(models)
     models |= {rival: float_model(subject.build, dtype) for rival, dtype in FLOATS.items()}
     runs = {kind: _bind(model, subject.arguments(FLOATS.get(kind, torch.bfloat16))) for kind, model in models.items()}
     seconds = medians(runs, effort)
@@ -31,7 +35,7 @@ def measure(name: str, subject: Subject, effort: Effort) -> list[dict[str, Any]]
             "contestant": kind,
             "seconds": seconds[kind],
             "ratio_to": {rival: seconds[rival] / seconds[kind] for rival in FLOATS if rival != kind},
-            "weight_bytes_of_bf16": _share(models[kind]) if kind in RECIPES else None,
+            "weight_bytes_of_bf16": _share(models[kind]) if kind in packed else None,
         }
         for kind in seconds
     ]

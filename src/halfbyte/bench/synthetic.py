@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.conversion import packed_layers, specs_of
+from halfbyte.conversion import packed_layers, specs_of, switch_on_options
 from halfbyte.layers import Quantizable, matrix_shape, module_kind
 from halfbyte.recipe import LayerSpec, Recipe
 from halfbyte.runtime.layers import PACKED, Packed, install
@@ -39,6 +39,7 @@ def packed_model(build: Callable[[], nn.Module], recipe: Recipe) -> nn.Module:
     with torch.device("meta"):
         model = build()
     install(model, specs_of(model, recipe))
+    switch_on_options(model, recipe)
     model = materialize(model, torch.bfloat16)
     for layer in packed_layers(model).values():
         fill(layer)

@@ -2,26 +2,19 @@
 
     P = softmax(Q K^T / sqrt(d))            O = P V
 
-Both products can run in integers as long as no scale changes along what they sum over. Q K^T sums over the d channels of a head: a
-scale for each token of Q and of K. P V sums over the tokens of V: a scale for each row of P, and for each channel of V. A row's
-largest probability maps to the top level; as P = exp(S - max) / sum, that is the fixed scale 1 / top of a fused kernel's
-unnormalized exponentials. (One scale for all rows loses rows over many tokens altogether: 4096 equal probabilities are all below
-half of 1 / 255.)
+Values are rounded, the products stay in float. Q K^T sums over the d channels of a head: a scale for each token of Q and of K. P V
+sums over the tokens of V: a scale for each row of P, whose largest probability maps to the top level, and for each channel of V.
+(One scale for all rows loses rows over many tokens altogether: 4096 equal probabilities are all below half of 1 / 255.)
 
-No kernel here runs this: values are rounded, the products stay in float. It works for every diffusers attention whose processor
-calls `torch.nn.functional.scaled_dot_product_attention`, which is intercepted there and only there.
+All in 8 bits (`recipe.INTEGERS`) it is not simulated but computed in integers, by runtime/attention.py.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from halfbyte.errors import ModelError
 from halfbyte.formats import get_grid
 from halfbyte.quantizers import absmax_scale, round_activation, straight_through
 from halfbyte.recipe import ActivationSpec, AttentionSpec
@@ -78,74 +71,3 @@ def quantized_attention(
     if spec.softmax is not None:
         weights = round_rows(weights, spec.softmax)
     return (weights @ v).to(query.dtype)
-
-
-class _Intercepted(TorchFunctionMode):
-    """While entered, `scaled_dot_product_attention` is `quantized_attention`."""
-
-    def __init__(self, spec: AttentionSpec) -> None:
-        super().__init__()
-        self.spec, self.calls = spec, 0
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **(kwargs or {}))
-        self.calls += 1
-        return quantized_attention(*args, **(kwargs or {}), spec=self.spec)
-
-
-class QuantizedProducts:
-    """Hooks around one attention module that have its products quantized.
-
-    Args:
-        name: of the module, for messages.
-    """
-
-    def __init__(self, name: str, spec: AttentionSpec) -> None:
-        self.name, self.spec = name, spec
-        self.entered: list[_Intercepted] = []
-
-    def attach(self, attention: nn.Module) -> None:
-        attention.register_forward_pre_hook(self._enter)
-        attention.register_forward_hook(self._leave, always_call=True)
-
-    def _enter(self, *_: Any) -> None:
-        mode = _Intercepted(self.spec)
-        mode.__enter__()
-        self.entered.append(mode)
-
-    def _leave(self, attention: Any, _: Any, output: Any) -> None:
-        mode = self.entered.pop()
-        mode.__exit__(None, None, None)
-        if output is not None and not mode.calls:
-            raise ModelError(
-                f"the attention {self.name!r} cannot be quantized: its {type(attention.processor).__name__} does not call torch's "
-                "scaled_dot_product_attention; set a processor that does, or add its name to the recipe's keep"
-            )
-
-
-def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The attention modules of a diffusers model, by name: those that take a processor."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and hasattr(module, "processor") and hasattr(module, "set_processor")
-    }
-
-
-def quantize_attention(model: nn.Module, spec: AttentionSpec, names: Iterable[str]) -> None:
-    """Have the products of the named attention modules quantized, until the end of the model.
-
-    Raises:
-        ModelError: when there are none.
-    """
-    chosen = list(names)
-    if not chosen:
-        raise ModelError(
-            f"this {type(model).__name__} has no attention of diffusers whose products could be quantized; "
-            "set the recipe's attention to null"
-        )
-    for name in chosen:
-        QuantizedProducts(name, spec).attach(model.get_submodule(name))

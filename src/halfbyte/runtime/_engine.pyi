@@ -30,6 +30,16 @@ def forward(
     y: Sequence[int],
     threads: int,
 ) -> None: ...
+def attend(
+    images: int,
+    heads: int,
+    queries: tuple[int, ...],
+    keys: tuple[int, ...],
+    values: tuple[int, ...],
+    factor: float,
+    output: tuple[int, ...],
+    threads: int,
+) -> None: ...
 def search_scales(weights: Sequence[int], form: Sequence[int], factors: Tensor, scales: Tensor, threads: int) -> None: ...
 def round_weights(
     weights: Sequence[int],

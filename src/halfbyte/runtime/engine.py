@@ -2,6 +2,7 @@
 
     halfbyte::linear    x (..., K)        -> (..., N)             in the dtype of x
     halfbyte::conv2d    x (B, C, H, W)    -> (B, N, H', W')       in the dtype of x; channels-last or contiguous, as asked
+    halfbyte::attention query, key, value (B, H, tokens, channels) -> (B, H, L, E)     in the dtype of the query
     halfbyte::pack      codes, multipliers  -> (bytes,)          uint8: the weights of both, re-ordered
 
 The first two quantize their input, multiply exactly in integers with weights that stay 4-bit in memory, scale and add the bias.
@@ -110,7 +111,30 @@ def _call(
         raise PackedError(f"the C++ engine refuses: {error}") from error
 
 
+LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, float factor) -> Tensor")
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, factor: float) -> Tensor:
+    y = _attention_output(query, key, value)
+    heads = [one if one.stride(-1) == 1 else one.contiguous() for one in (query, key, value, y)]
+    q, k, v, o = ((one.data_ptr(), DTYPES[one.dtype], *one.shape[2:], *one.stride()[:3]) for one in heads)
+    try:
+        _engine.attend(query.shape[0], query.shape[1], q, k, v, factor, o, torch.get_num_threads())
+    except ValueError as error:
+        raise PackedError(f"the C++ engine refuses: {error}") from error
+    return y
+
+
+def _attention_output(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    """Tokens before heads in memory: what joins the heads again is then a view."""
+    images, heads, tokens = query.shape[:3]
+    return query.new_empty((images, tokens, heads, value.shape[-1])).transpose(1, 2)
+
+
 LIBRARY.impl("linear", _linear, "CPU")
+LIBRARY.impl("attention", _attention, "CPU")
+torch.library.register_fake("halfbyte::attention", _attention_output, lib=LIBRARY)
+attention = torch.ops.halfbyte.attention.default
 LIBRARY.impl("conv2d", _conv2d, "CPU")
 torch.library.register_fake("halfbyte::linear", _linear_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::conv2d", _conv2d_output, lib=LIBRARY)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from halfbyte import checkpoint
 from halfbyte.api import LOADING_ERRORS, at_most, class_of, plugin_of
-from halfbyte.conversion import Result, decide_by
+from halfbyte.conversion import Result, decide_by, switch_on_options
 from halfbyte.errors import CorruptError, HalfbyteError, ModelError, UnstreamableError
 from halfbyte.layers import TRANSPOSED, matrix_shape, module_kind, swap
 from halfbyte.recipe import LayerSpec, Recipe
@@ -92,6 +92,7 @@ def make_plan(folder: Path, recipe: Recipe) -> Plan:
     reports = swap(model, decide_by(model, recipe), convert)
     for report in reports:
         _check_float(folder, report.name, report.spec, found.get(f"{report.name}.weight"))
+    notes = switch_on_options(model, recipe)
     plugin_of(model).attach(model, recipe)
     outputs, parts = _outputs(model, sources), []
     packed = {report.name: model.get_submodule(report.name) for report in reports if report.spec is not None}
@@ -102,7 +103,7 @@ def make_plan(folder: Path, recipe: Recipe) -> Plan:
         elif owner not in packed or leaf == "bias":
             parts += _copy_parts(key, found[key], tensor, owner in quantizable)
     known = {name for group in names.values() for name in group}
-    return Plan(folder, model, Result(model, recipe, reports), outputs, sources, parts, sorted(set(sources) - known))
+    return Plan(folder, model, Result(model, recipe, reports, notes=notes), outputs, sources, parts, sorted(set(sources) - known))
 
 
 def empty_model(folder: Path) -> Any:

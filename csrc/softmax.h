@@ -1,0 +1,130 @@
+// Softmax between the two products of attention, on vectors of any width: what runtime/attention.py does, in the same float32
+// operations.
+//
+// Everything here is in an unnamed namespace: each instruction set compiles its own. Included by one file for each.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "floats.h"
+#include "kernels.h"
+#include "lanes.h"
+
+namespace halfbyte {
+namespace {
+
+template <typename V, typename T>
+static inline V load_lanes(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// All lanes in one, halves with each other.
+template <int W, typename V, typename F>
+static inline auto reduce(V v, F join) {
+  if constexpr (W == 4) {
+    return join(join(v[0], v[2]), join(v[1], v[3]));
+  } else {
+    constexpr bool floats = std::is_same_v<V, typename Lanes<W>::Floats>;
+    using Half = std::conditional_t<floats, typename Lanes<W / 2>::Floats, typename Lanes<W / 2>::Ints>;
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return reduce<W / 2>(join(halves[0], halves[1]), join);
+  }
+}
+
+template <int W>
+struct Softmax {
+  using Floats = typename Lanes<W>::Floats;
+  using Ints = typename Lanes<W>::Ints;
+  static constexpr int part = key_block / 4;    // keys of one byte of the codes' words
+  static constexpr int vectors = key_block / W;
+
+  static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+  static inline Floats all(float value) { return Floats{} + value; }
+
+  // 2 to the power of x, at most 0, in units of 1 / 255, rounded to nearest even.
+  static inline Ints code(Floats x) {
+    constexpr float whole = 0x1.8p23f;  // adding it leaves no digits below 1
+    x = larger(x, all(-30.0f));
+    const Floats shifted = x + whole, fraction = x - (shifted - whole);
+    Floats power = fraction * 0x1.3b2ab6p-7f + 0x1.c6b08ep-5f;  // ln(2)**n / n!
+    power = power * fraction + 0x1.ebfbep-3f;
+    power = power * fraction + 0x1.62e43p-1f;
+    power = power * fraction + 1.0f;
+    const Floats scaled = (Floats)((Ints)power + ((Ints)shifted << 23));
+    return (Ints)(scaled * 255.0f + whole) & 255;
+  }
+
+  // Scores in units of log2, within 2**60, which keeps all that follows finite. sums: of the first row, for each block of keys.
+  static inline void score(const Softening& s, int row, const int32_t* const* sums_of, Floats* scores) {
+    for (int v = 0; v < vectors; v++) {
+      const int key = v * W;
+      const Ints sums = load_lanes<Ints>(sums_of[key / 16] + row * s.sums.blocks * 16 + key % 16);
+      const Floats exact = __builtin_convertvector(sums - load_lanes<Ints>(s.corrections + key), Floats);
+      const Floats t = exact * load_lanes<Floats>(s.key_scales + key) * s.row_scales[row];
+      const Floats low = larger(t, all(-0x1p60f));
+      scores[v] = low < 0x1p60f ? low : all(0x1p60f);
+    }
+    if (s.keys == key_block) return;
+    Ints key;
+    for (int i = 0; i < W; i++) key[i] = i;
+    for (int v = 0; v < vectors; v++) scores[v] = key + v * W < s.keys ? scores[v] : all(-0x1p90f);
+  }
+
+  static inline float largest(const Floats* scores) {
+    Floats most = scores[0];
+    for (int v = 1; v < vectors; v++) most = larger(most, scores[v]);
+    return reduce<W>(most, [](auto a, auto b) { return a > b ? a : b; });
+  }
+
+  static inline float power_of_two(float exponent) {  // a whole number up to 0; 2**-126 stands for all that is less
+    const int bounded = static_cast<int>(exponent > -126.0f ? exponent : -126.0f);
+    return float_of_bits(static_cast<uint32_t>(bounded + 127) << 23);
+  }
+
+  static inline void row(const Softening& s, int row, const int32_t* const* sums) {
+    Floats scores[vectors];
+    score(s, row, sums, scores);
+    const float exponent = std::ceil(largest(scores));
+    Ints total{};
+    for (int i = 0; i < part; i += W) {
+      Ints words{};
+      for (int byte = 0; byte < 4; byte++) {
+        const Ints codes = code(scores[(byte * part + i) / W] - exponent);
+        total += codes, words |= codes << (8 * byte);
+      }
+      std::memcpy(s.codes + row * key_block + i * 4, &words, sizeof words);
+    }
+    const int32_t sum = reduce<W>(total, [](auto a, auto b) { return a + b; });
+    const float before = s.first ? exponent : s.exponents[row], now = before > exponent ? before : exponent;
+    s.keep[row] = s.first ? 0.0f : power_of_two(before - now), s.weight[row] = power_of_two(exponent - now);
+    s.exponents[row] = now;
+    s.totals[row] = (s.first ? 0.0f : s.totals[row] * s.keep[row]) + static_cast<float>(sum) * s.weight[row];
+  }
+
+  static inline void soften(const Softening& s) {
+    const int32_t* sums[key_block / 16];
+    for (int b = 0; b < key_block / 16; b++) sums[b] = s.sums.at(0, b);
+    for (int r = 0; r < s.rows; r++) row(s, r, sums);
+  }
+
+  static inline void gather(const Gathering& g) {
+    for (int64_t b = 0; b < g.blocks; b++) {
+      const int32_t* from = g.sums.at(0, b);
+      for (int r = 0; r < g.rows; r++, from += g.sums.blocks * 16)
+        for (int i = 0; i < 16; i += W) {
+          float* acc = g.acc + (r * g.blocks + b) * 16 + i;
+          Ints sums = load_lanes<Ints>(from + i);
+          if (g.corrections) sums -= load_lanes<Ints>(g.corrections + b * 16 + i);
+          const Floats next = load_lanes<Floats>(acc) * g.keep[r] + __builtin_convertvector(sums, Floats) * g.weight[r];
+          std::memcpy(acc, &next, sizeof next);
+        }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace halfbyte
