@@ -12,6 +12,7 @@ Each measurement runs in a process of its own, whose peak memory is told. Take f
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -110,6 +111,7 @@ def write_component(build: Callable[[bool], Any]) -> Callable[[Path, bool], None
 
 
 def quantize(work: Path, _: bool) -> Figures:
+    shutil.rmtree(work / ".packed.partial", ignore_errors=True)  # of a run that was stopped: going on would tell half of the time
     seconds, job = timed(lambda: quantize_folder(work / "float", work / "packed", RECIPE))
     return {
         "quantize": seconds,
@@ -205,8 +207,10 @@ def measure(case: str, work: Path, smoke: bool) -> list[dict[str, Any]]:
         if name == "quantize" and packed:
             continue
         command = [sys.executable, __file__, case, "--only", name, "--folder", str(work), *["--smoke"] * smoke]
-        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-        found = next(line for line in reversed(lines) if line.startswith("{"))  # libraries may print too
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{case}: {name} ended with exit status {done.returncode}; what it said is above")
+        found = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))  # libraries may print too
         for figure, value in json.loads(found).items():
             bar = None if smoke else BARS.get((case, figure))
             met = value if isinstance(value, bool) else None if bar is None else value <= bar
