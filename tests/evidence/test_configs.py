@@ -104,9 +104,10 @@ def test_runs_are_named_by_what_they_are():
     runs = [
         "quartz-w4a4",
         {"recipe": "quartz-w4a4", "gptq": True},
+        {"recipe": "quartz-w4a4", "attention": True},
         {"recipe": "svdquant-w4a4", "rank": 2},
         {"recipe": "quartz-w4a4", "heal": {"steps": 3}},
         {"folder": "a/b"},
     ]
     titles = [run.title for run in parse_config({**GOOD, "runs": runs}).runs]
-    assert titles == ["quartz-w4a4", "quartz-w4a4+gptq", "svdquant-w4a4-rank2", "quartz-w4a4+talora", "b"]
+    assert titles == ["quartz-w4a4", "quartz-w4a4+gptq", "quartz-w4a4+attention", "svdquant-w4a4-rank2", "quartz-w4a4+talora", "b"]

@@ -23,6 +23,7 @@ class RunConfig:
     folder: str | None = None  # what `halfbyte quantize` or `halfbyte heal` wrote
     name: str | None = None  # in the table; the recipe's own by default
     gptq: bool = False  # compensate the rounding errors of the weights
+    attention: bool = False  # the products of attention in 8-bit integers
     smooth: float | None = None  # strength of SmoothQuant scaling
     rank: int | None = None  # of the 16-bit branch of inner layers, for recipes that have one
     heal: dict[str, Any] | None = None  # fine-tune afterwards: options of `halfbyte.heal`, such as {steps: 300}
@@ -40,6 +41,7 @@ class RunConfig:
                 raise RecipeError(f"rank must be at least 1, of a recipe with a 16-bit branch; got {self.rank} for {recipe.name}")
             recipe = recipe.replace(name=f"{recipe.name}-rank{self.rank}", inner=recipe.inner.replace(low_rank=self.rank))
         recipe = recipe.compensated() if self.gptq else recipe
+        recipe = recipe.with_attention() if self.attention else recipe
         return recipe if self.smooth is None else recipe.smoothed(self.smooth)
 
     @property
