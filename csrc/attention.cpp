@@ -250,8 +250,9 @@ struct Task {
       multiply(queries + from * pitch, pitch, tile_rows, {offsets.data(), quads.data(), 0, plan.key_chunks},
                panels + plan.keys + block * (key_block / block_channels) * panel_stride, panel_stride, key_block / block_channels);
       float keep[most_rows], weight[most_rows];
-      kernels.soften({count, all_sums(), corrections, key_scales, scales + from, keys, block == 0, codes, exponents + from,
-                      totals + from, keep, weight});
+      const float* bias = call.bias_of(image, head, first + from);
+      kernels.soften({count, all_sums(), corrections, key_scales, scales + from, bias ? bias + key : nullptr, call.bias.query_stride,
+                      keys, block == 0, codes, exponents + from, totals + from, keep, weight});
       multiply(codes, chunk, tile_rows, {&in_values, &value_quads, 0, 1},
                panels + plan.values + block * plan.value_blocks * panel_chunk, panel_chunk, plan.value_blocks);
       kernels.gather({count, plan.value_blocks, all_sums(), kernels.tile_zero ? value_corrections : nullptr, keep, weight,
@@ -305,8 +306,8 @@ void check(const Attention& call) {
 }  // namespace
 
 void attend(const Run& run, int64_t images, int64_t heads, const Heads& queries, const Heads& keys, const Heads& values,
-            float factor, const Heads& output) {
-  const Attention call{images, heads, queries, keys, values, output, factor};
+            float factor, const ScoreBias& bias, const Heads& output) {
+  const Attention call{images, heads, queries, keys, values, output, factor, bias};
   check(call);
   const Kernels& kernels = kernels_of(run.isa);
   if (!images || !heads || !queries.tokens || !keys.tokens || !values.channels) return;

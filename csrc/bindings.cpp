@@ -197,11 +197,12 @@ hb::Heads heads_of(const HeadsArguments& given) {
   return {reinterpret_cast<const void*>(given[0]), dtype_of(static_cast<int>(given[1])), given[2], given[3], given[4], given[5], given[6]};
 }
 
+// bias: address (0: none), image stride, head stride, query stride
 void attend(int64_t images, int64_t heads, const HeadsArguments& queries, const HeadsArguments& keys, const HeadsArguments& values,
-            double factor, const HeadsArguments& output, int threads) {
+            double factor, const std::array<int64_t, 4>& bias, const HeadsArguments& output, int threads) {
   nb::gil_scoped_release unlocked;
   hb::attend({hb::default_isa(), threads, hb::parallel_for}, images, heads, heads_of(queries), heads_of(keys), heads_of(values),
-             static_cast<float>(factor), heads_of(output));
+             static_cast<float>(factor), {reinterpret_cast<const float*>(bias[0]), bias[1], bias[2], bias[3]}, heads_of(output));
 }
 
 }  // namespace

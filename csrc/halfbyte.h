@@ -173,12 +173,20 @@ struct Heads {
   int64_t image_stride = 0, head_stride = 0, token_stride = 0;
 };
 
+// What is added to the scores of a query, a float for each key, adjacent; strides in elements, 0 where several share one. Keys with
+// -infinity or a NaN are not seen.
+struct ScoreBias {
+  const float* data = nullptr;
+  int64_t image_stride = 0, head_stride = 0, query_stride = 0;
+};
+
 // Both products of attention in 8-bit integers, softmax included; runtime/attention.py says how, in the same float32 operations.
 // Rows of queries with a NaN or an infinity come out as NaN, and so does a head with one among its keys or values.
 //
-// factor: log2(e) times the scale of the scores. output: as many tokens as queries, as many channels as values.
+// factor: log2(e) times the scale of the scores. bias: in units of log2, or with null data. output: as many tokens as queries, as
+// many channels as values.
 void attend(const Run& run, int64_t images, int64_t heads, const Heads& queries, const Heads& keys, const Heads& values,
-            float factor, const Heads& output);
+            float factor, const ScoreBias& bias, const Heads& output);
 
 // Frees the scratch memory that this thread keeps between calls.
 void release_scratch();

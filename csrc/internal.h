@@ -32,7 +32,12 @@ struct Attention {
   int64_t images, heads;
   const Heads &queries, &keys, &values, &output;
   float factor;
+  const ScoreBias& bias;
 
+  const float* bias_of(int64_t image, int64_t head, int64_t query) const {
+    if (!bias.data) return nullptr;
+    return bias.data + image * bias.image_stride + head * bias.head_stride + query * bias.query_stride;
+  }
   static const char* at(const Heads& of, int64_t image, int64_t head, int64_t token) {
     const int64_t index = image * of.image_stride + head * of.head_stride + token * of.token_stride;
     return static_cast<const char*>(of.data) + index * (of.dtype == Dtype::float32 ? 4 : 2);

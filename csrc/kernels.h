@@ -96,6 +96,8 @@ struct Softening {
   const int32_t* corrections;  // of each key, to be taken off
   const float* key_scales;
   const float* row_scales;
+  const float* bias;           // of the first row and key, or null
+  int64_t bias_stride;         // between rows
   int keys;                    // valid ones
   bool first;                  // nothing is summed so far
   uint8_t* codes;              // (rows, 64): byte 4 * i + b is that of key 16 * b + i

@@ -71,11 +71,15 @@ struct Sums {
   float exponent = 0, total = 0;
 };
 
-float score_of(const Quantized& query, float factor, const Quantized& key) {
+constexpr float lowest = -0x1p60f, unseen = -0x1p90f;
+
+float score_of(const Quantized& query, float factor, const Quantized& key, const float* bias) {
   int32_t sum = 0;
   for (size_t i = 0; i < query.integers.size(); i++) sum += query.integers[i] * key.integers[i];
-  const float score = static_cast<float>(sum) * key.scale * (query.scale * factor);
-  return std::clamp(score, -0x1p60f, 0x1p60f);
+  float score = static_cast<float>(sum) * key.scale * (query.scale * factor);
+  if (bias && !(*bias > -INFINITY)) return unseen;
+  if (bias) score += *bias;
+  return std::clamp(score, lowest, -lowest);
 }
 
 int code_of(float x) {
@@ -86,11 +90,12 @@ int code_of(float x) {
   return static_cast<int>(std::nearbyintf(std::ldexp(power, static_cast<int>(steps)) * 255.0f));
 }
 
-void add_block(const Attention& call, const Head& head, const Quantized& query, int64_t first, Sums* sums) {
+void add_block(const Attention& call, const Head& head, const Quantized& query, const float* bias, int64_t first, Sums* sums) {
   const int64_t count = std::min<int64_t>(key_block, call.keys.tokens - first);
   Row scores;
-  for (int64_t i = 0; i < count; i++) scores.push_back(score_of(query, call.factor, head.keys[first + i]));
-  const float exponent = std::ceil(*std::max_element(scores.begin(), scores.end()));
+  for (int64_t i = 0; i < count; i++)
+    scores.push_back(score_of(query, call.factor, head.keys[first + i], bias ? bias + first + i : nullptr));
+  const float exponent = std::max(std::ceil(*std::max_element(scores.begin(), scores.end())), lowest);
   const float now = first ? std::max(sums->exponent, exponent) : exponent;
   const float keep = first ? std::ldexp(1.0f, static_cast<int>(std::max(sums->exponent - now, -126.0f))) : 0.0f;
   const float weight = std::ldexp(1.0f, static_cast<int>(std::max(exponent - now, -126.0f)));
@@ -116,7 +121,8 @@ void run_head(void* raw, int index) {
     const bool good = head.finite && all_finite(row);
     if (good) {
       const Quantized query(row);
-      for (int64_t first = 0; first < call.keys.tokens; first += key_block) add_block(call, head, query, first, &sums);
+      const float* bias = call.bias_of(image, at, token);
+      for (int64_t first = 0; first < call.keys.tokens; first += key_block) add_block(call, head, query, bias, first, &sums);
     }
     const float part = 1.0f / sums.total;
     for (int64_t i = 0; i < call.values.channels; i++)

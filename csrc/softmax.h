@@ -41,6 +41,7 @@ struct Softmax {
   using Ints = typename Lanes<W>::Ints;
   static constexpr int part = key_block / 4;    // keys of one byte of the codes' words
   static constexpr int vectors = key_block / W;
+  static constexpr float lowest = -0x1p60f, unseen = -0x1p90f;  // scores
 
   static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
   static inline Floats all(float value) { return Floats{} + value; }
@@ -59,24 +60,36 @@ struct Softmax {
   }
 
   // Scores in units of log2, within 2**60, which keeps all that follows finite. sums: of the first row, for each block of keys.
+  template <bool Biased>
   static inline void score(const Softening& s, int row, const int32_t* const* sums_of, Floats* scores) {
     for (int v = 0; v < vectors; v++) {
       const int key = v * W;
       const Ints sums = load_lanes<Ints>(sums_of[key / 16] + row * s.sums.blocks * 16 + key % 16);
       const Floats exact = __builtin_convertvector(sums - load_lanes<Ints>(s.corrections + key), Floats);
-      const Floats t = exact * load_lanes<Floats>(s.key_scales + key) * s.row_scales[row];
-      const Floats low = larger(t, all(-0x1p60f));
-      scores[v] = low < 0x1p60f ? low : all(0x1p60f);
+      Floats t = exact * load_lanes<Floats>(s.key_scales + key) * s.row_scales[row];
+      Floats bias{};
+      if (Biased) t += bias = bias_at(s, row, key);
+      const Floats low = larger(t, all(lowest)), bounded = low < -lowest ? low : all(-lowest);
+      scores[v] = Biased ? (bias > all(-INFINITY) ? bounded : all(unseen)) : bounded;
     }
     if (s.keys == key_block) return;
     Ints key;
     for (int i = 0; i < W; i++) key[i] = i;
-    for (int v = 0; v < vectors; v++) scores[v] = key + v * W < s.keys ? scores[v] : all(-0x1p90f);
+    for (int v = 0; v < vectors; v++) scores[v] = key + v * W < s.keys ? scores[v] : all(unseen);
+  }
+
+  static inline Floats bias_at(const Softening& s, int row, int key) {
+    const float* from = s.bias + row * s.bias_stride + key;
+    if (key + W <= s.keys) return load_lanes<Floats>(from);
+    float some[W] = {};
+    for (int i = 0; i < s.keys - key; i++) some[i] = from[i];
+    return load_lanes<Floats>(some);
   }
 
   static inline float largest(const Floats* scores) {
     Floats most = scores[0];
     for (int v = 1; v < vectors; v++) most = larger(most, scores[v]);
+    most = larger(most, all(lowest));
     return reduce<W>(most, [](auto a, auto b) { return a > b ? a : b; });
   }
 
@@ -85,9 +98,10 @@ struct Softmax {
     return float_of_bits(static_cast<uint32_t>(bounded + 127) << 23);
   }
 
+  template <bool Biased>
   static inline void row(const Softening& s, int row, const int32_t* const* sums) {
     Floats scores[vectors];
-    score(s, row, sums, scores);
+    score<Biased>(s, row, sums, scores);
     const float exponent = std::ceil(largest(scores));
     Ints total{};
     for (int i = 0; i < part; i += W) {
@@ -108,7 +122,7 @@ struct Softmax {
   static inline void soften(const Softening& s) {
     const int32_t* sums[key_block / 16];
     for (int b = 0; b < key_block / 16; b++) sums[b] = s.sums.at(0, b);
-    for (int r = 0; r < s.rows; r++) row(s, r, sums);
+    for (int r = 0; r < s.rows; r++) s.bias ? row<true>(s, r, sums) : row<false>(s, r, sums);
   }
 
   static inline void gather(const Gathering& g) {

@@ -35,6 +35,8 @@ struct Case {
   Shape shape;
   Block queries, keys, values;
   float factor;
+  std::vector<float> scores;  // what is added to them: of every query, or of every image
+  ScoreBias bias;
 
   Case(const Shape& s, Dtype dtype, bool by_token, float spread)
       : shape(s),
@@ -44,10 +46,19 @@ struct Case {
         factor(1.44269504f / std::sqrt(static_cast<float>(s.channels))) {
     queries.fill(spread, 0.1f), keys.fill(1, 2), values.fill(1, 0.5f);
   }
+  void mask(bool each_query) {
+    scores.resize(static_cast<size_t>(shape.images * (each_query ? shape.queries : 1) * shape.keys));
+    for (float& score : scores) score = uniform(0, 2) ? 0.01f * static_cast<float>(uniform(-200, 200)) : -INFINITY;
+    const int64_t first = shape.keys / 3 / 64 * 64;  // whole blocks that nobody sees
+    for (size_t i = 0; i < scores.size(); i++)
+      if (static_cast<int64_t>(i) % shape.keys < first) scores[i] = -INFINITY;
+    bias = {scores.data(), each_query ? shape.queries * shape.keys : shape.keys, 0, each_query ? shape.keys : 0};
+  }
   std::vector<uint8_t> run(Isa isa, int threads = 2) const {
     Block out(shape.images, shape.heads, shape.queries, shape.value_channels, queries.heads.dtype, true);
     std::fill(out.bytes.begin(), out.bytes.end(), uint8_t{0xaa});
-    attend({isa, threads, parallel_for}, shape.images, shape.heads, queries.heads, keys.heads, values.heads, factor, out.heads);
+    attend({isa, threads, parallel_for}, shape.images, shape.heads, queries.heads, keys.heads, values.heads, factor, bias,
+           out.heads);
     return out.bytes;
   }
 };
@@ -95,9 +106,12 @@ void test_attention() {
   for (const Shape& shape : shapes)
     for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16})
       for (float spread : {0.0f, 1.0f, 8.0f}) {
-        const Case c(shape, dtype, spread == 1, spread);
-        const std::vector<uint8_t> expected = c.run(Isa::scalar);
-        for (Isa isa : fast_isas()) check(c.run(isa) == expected, describe(shape) + isa_name(isa));
+        Case c(shape, dtype, spread == 1, spread);
+        for (int masked = 0; masked < 3; masked++) {
+          if (masked) c.mask(masked == 2);
+          const std::vector<uint8_t> expected = c.run(Isa::scalar);
+          for (Isa isa : fast_isas()) check(c.run(isa) == expected, describe(shape) + isa_name(isa));
+        }
       }
   check(error_of(Case({1, 2, 64, 200, 64, 64}, Dtype::float32, true, 1)) < 1e-3, "attention is near to exact attention");
   check(error_of(Case({1, 1, 30, 1000, 40, 40}, Dtype::float32, true, 3)) < 2e-3, "sharp attention is near to exact attention");
@@ -124,7 +138,7 @@ void test_refused_attention() {
   check(with(c.keys, 5, 3e38f) == 0, "a huge key is no infinity");
   Block narrow(1, 2, 20, 15, Dtype::float32, true);
   for (Isa isa : fast_isas())
-    check_throws([&] { attend({isa, 1, parallel_for}, 1, 2, c.queries.heads, c.keys.heads, c.values.heads, 1, narrow.heads); },
+    check_throws([&] { attend({isa, 1, parallel_for}, 1, 2, c.queries.heads, c.keys.heads, c.values.heads, 1, {}, narrow.heads); },
                  "a narrow output");
 }
 

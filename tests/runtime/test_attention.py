@@ -118,13 +118,31 @@ def test_extreme_values(largest, monkeypatch):
         same(attention(*given), expected)
 
 
-def test_a_bias_and_a_mask():
-    query, key, value = heads((2, 3, 20, 150, 24, 24))
-    bias = torch.randn(2, 1, 20, 150, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("size", [(2, 3, 20, 150), (2, 1, 1, 150), (20, 150), (150,), (3, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_bias(size, dtype, monkeypatch):
+    query, key, value = heads((2, 3, 20, 150, 24, 24), dtype)
+    bias = torch.randn(size, generator=torch.Generator().manual_seed(3))
     bias[..., 30:] = -math.inf  # two blocks of keys that nobody sees
-    exact = F.scaled_dot_product_attention(query, key, value, bias)
-    assert sqnr(exact, attention(query, key, value, bias=bias)) > 32
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), bias.double().expand(2, 3, 20, 150))
+    with monkeypatch.context() as without:
+        without.setattr("halfbyte.runtime.attention._engine_takes", lambda *_: False)
+        expected = attention(query, key, value, bias=bias)
+    assert sqnr(exact, expected.double()) > 32
+    for isa in engine.instruction_sets():
+        monkeypatch.setenv("HALFBYTE_ISA", isa)
+        same(attention(query, key, value, bias=bias), expected)
+
+
+def test_masks_of_all_and_of_nothing():
+    query, key, value = heads((1, 2, 20, 150, 24, 24))
     same(attention(query, key, value, bias=torch.zeros(20, 150)), attention(query, key, value))
+    bias = torch.zeros(20, 150)
+    bias[3] = -math.inf
+    assert attention(query, key, value, bias=bias)[:, :, 3].isnan().all()
+    bias[3], bias[4, 5] = 0, math.nan
+    exact = F.scaled_dot_product_attention(query, key, value, bias.nan_to_num(-math.inf))
+    assert sqnr(exact, attention(query, key, value, bias=bias)) > 32
 
 
 def test_empty_heads():
@@ -150,10 +168,13 @@ def test_what_does_not_fit_is_refused():
         engine.attention(query[..., :7], key, value, 1.0)
     with pytest.raises(PackedError, match="as many keys as values"):
         engine.attention(query, key, value[:, :, :3], 1.0)
+    with pytest.raises(PackedError, match=r"bias must be float32 \(\.\.\., 4\); got torch.float64 \(5,\)"):
+        engine.attention(query, key, value, 1.0, torch.zeros(5, dtype=torch.float64))
 
 
 def test_it_compiles():
     given = heads((1, 2, 30, 40, 16, 16))
-    torch.library.opcheck(torch.ops.halfbyte.attention, (*given, 0.3), test_utils=("test_schema", "test_faketensor"))
+    for bias in (None, torch.zeros(30, 40)):
+        torch.library.opcheck(torch.ops.halfbyte.attention, (*given, 0.3, bias), test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     same(compiled(*given), attention(*given))

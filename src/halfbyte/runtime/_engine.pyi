@@ -37,6 +37,7 @@ def attend(
     keys: tuple[int, ...],
     values: tuple[int, ...],
     factor: float,
+    bias: tuple[int, ...],
     output: tuple[int, ...],
     threads: int,
 ) -> None: ...

@@ -42,12 +42,12 @@ def factor_of(scale: float | None, channels: int) -> float:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
-    """Integer attention, by the engine where it can: on the CPU, without a bias.
+    """Integer attention, by the engine where it can: on the CPU.
 
     Args:
         query: float (..., L, d). key: float (..., S, d). value: float (..., S, e).
         scale: of the scores; 1 / sqrt(d) by default.
-        bias: float, broadcast to (..., L, S), added to the scaled scores; -inf: not seen.
+        bias: float, broadcast to (..., L, S), added to the scaled scores; keys with -inf or a NaN are not seen.
     Returns:
         As the query's dtype, (..., L, e). Rows of a query with a NaN or an infinity are NaN, and all rows of a head with one among
         its keys or values.
@@ -55,8 +55,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
     if not key.shape[-2] or not query.numel() or not value.numel():
         return query.new_zeros((*query.shape[:-1], value.shape[-1]))
     factor = factor_of(scale, query.shape[-1])
-    if bias is None and _engine_takes(query, key, value):
-        return engine.attention(query, key, value, factor)  # type: ignore[no-any-return]
+    if bias is not None:
+        bias = bias.float().expand(*bias.shape[:-1], key.shape[-2]) * math.log2(math.e)
+    if _engine_takes(query, key, value):
+        return engine.attention(query, key, value, factor, bias)  # type: ignore[no-any-return]
     return reference(query, key, value, factor, bias)
 
 
@@ -71,7 +73,7 @@ def _engine_takes(*heads: Tensor) -> bool:
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, factor: float, bias: Tensor | None = None) -> Tensor:
-    """Integer attention in plain torch; see `attention`, and `factor_of` for the factor."""
+    """Integer attention in plain torch; see `attention`, and `factor_of` for the factor. bias: in units of log2."""
     dtype, query, key, value = query.dtype, query.float(), key.float(), value.float()
     key = key - (key.amax(-2, keepdim=True) + key.amin(-2, keepdim=True)) * 0.5
     good = (key.isfinite().flatten(-2).all(-1) & value.isfinite().flatten(-2).all(-1))[..., None, None]
@@ -85,7 +87,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, factor: float, bias: Te
         part = slice(start, start + BLOCK)
         scores = _exact(q, k[..., part, :].transpose(-1, -2)) * k_scale[..., part, :].transpose(-1, -2) * rows
         if bias is not None:
-            scores = scores + bias[..., part].float() * math.log2(math.e)
+            scores = (scores + bias[..., part]).nan_to_num(-FARTHEST)
         scores = scores.clamp(-FARTHEST, FARTHEST)
         own = scores.amax(-1, keepdim=True).ceil()
         codes = _power_codes(scores - own)

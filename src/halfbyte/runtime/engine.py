@@ -111,15 +111,21 @@ def _call(
         raise PackedError(f"the C++ engine refuses: {error}") from error
 
 
-LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, float factor) -> Tensor")
+LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, float factor, Tensor? bias=None) -> Tensor")
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, factor: float) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, factor: float, bias: Tensor | None = None) -> Tensor:
+    """bias: float32, in units of log2, broadcast to the scores; its last axis is that of the keys."""
     y = _attention_output(query, key, value)
+    scores = (*query.shape[:3], key.shape[2])
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape[-1] != scores[-1]):
+        raise PackedError(f"attention's bias must be float32 (..., {scores[-1]}); got {bias.dtype} {tuple(bias.shape)}")
+    bias = None if bias is None else bias.contiguous().expand(scores)
+    place = (0, 0, 0, 0) if bias is None else (bias.data_ptr(), *bias.stride()[:3])
     heads = [one if one.stride(-1) == 1 else one.contiguous() for one in (query, key, value, y)]
     q, k, v, o = ((one.data_ptr(), DTYPES[one.dtype], *one.shape[2:], *one.stride()[:3]) for one in heads)
     try:
-        _engine.attend(query.shape[0], query.shape[1], q, k, v, factor, o, torch.get_num_threads())
+        _engine.attend(query.shape[0], query.shape[1], q, k, v, factor, place, o, torch.get_num_threads())
     except ValueError as error:
         raise PackedError(f"the C++ engine refuses: {error}") from error
     return y
