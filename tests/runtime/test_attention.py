@@ -168,6 +168,9 @@ def test_what_does_not_fit_is_refused():
         engine.attention(query[..., :7], key, value, 1.0)
     with pytest.raises(PackedError, match="as many keys as values"):
         engine.attention(query, key, value[:, :, :3], 1.0)
+    for wrong in (key[:, :1], key[0], key.double(), torch.cat((key, key))):
+        with pytest.raises(PackedError, match=r"takes floats \(images, heads, tokens, channels\), alike in the first two; got"):
+            engine.attention(query, wrong, value, 1.0)
     with pytest.raises(PackedError, match=r"bias must be float32 \(\.\.\., 4\); got torch.float64 \(5,\)"):
         engine.attention(query, key, value, 1.0, torch.zeros(5, dtype=torch.float64))
 

@@ -40,6 +40,7 @@ LIBRARY = torch.library.Library("halfbyte", "DEF")
 _WEIGHTS = "Tensor tiles, Tensor weight_scale, Tensor? bias, int[] format"
 _FIXED = "Tensor? scale=None, Tensor? zero=None"  # of the input, one value each, where they were calibrated
 LIBRARY.define(f"linear(Tensor x, {_WEIGHTS}, {_FIXED}) -> Tensor")
+LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, float factor, Tensor? bias=None) -> Tensor")
 LIBRARY.define(f"conv2d(Tensor x, int[] sizes, bool channels_last, {_WEIGHTS}, {_FIXED}) -> Tensor")
 
 
@@ -111,19 +112,20 @@ def _call(
         raise PackedError(f"the C++ engine refuses: {error}") from error
 
 
-LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, float factor, Tensor? bias=None) -> Tensor")
-
-
 def _attention(query: Tensor, key: Tensor, value: Tensor, factor: float, bias: Tensor | None = None) -> Tensor:
     """bias: float32, in units of log2, broadcast to the scores; its last axis is that of the keys."""
+    given = (query, key, value)
+    if any(one.ndim != 4 or one.dtype not in DTYPES for one in given) or len({one.shape[:2] for one in given}) > 1:
+        shapes = ", ".join(f"{one.dtype} {tuple(one.shape)}" for one in given)
+        raise PackedError(f"attention takes floats (images, heads, tokens, channels), alike in the first two; got {shapes}")
     y = _attention_output(query, key, value)
     scores = (*query.shape[:3], key.shape[2])
     if bias is not None and (bias.dtype != torch.float32 or bias.shape[-1] != scores[-1]):
         raise PackedError(f"attention's bias must be float32 (..., {scores[-1]}); got {bias.dtype} {tuple(bias.shape)}")
     bias = None if bias is None else bias.contiguous().expand(scores)
     place = (0, 0, 0, 0) if bias is None else (bias.data_ptr(), *bias.stride()[:3])
-    heads = [one if one.stride(-1) == 1 else one.contiguous() for one in (query, key, value, y)]
-    q, k, v, o = ((one.data_ptr(), DTYPES[one.dtype], *one.shape[2:], *one.stride()[:3]) for one in heads)
+    heads = [one if one.stride(-1) == 1 else one.contiguous() for one in given]
+    q, k, v, o = ((one.data_ptr(), DTYPES[one.dtype], *one.shape[2:], *one.stride()[:3]) for one in (*heads, y))
     try:
         _engine.attend(query.shape[0], query.shape[1], q, k, v, factor, place, o, torch.get_num_threads())
     except ValueError as error:
@@ -138,13 +140,13 @@ def _attention_output(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> Te
 
 
 LIBRARY.impl("linear", _linear, "CPU")
-LIBRARY.impl("attention", _attention, "CPU")
-torch.library.register_fake("halfbyte::attention", _attention_output, lib=LIBRARY)
-attention = torch.ops.halfbyte.attention.default
 LIBRARY.impl("conv2d", _conv2d, "CPU")
+LIBRARY.impl("attention", _attention, "CPU")
 torch.library.register_fake("halfbyte::linear", _linear_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::conv2d", _conv2d_output, lib=LIBRARY)
+torch.library.register_fake("halfbyte::attention", _attention_output, lib=LIBRARY)
 linear, conv2d = torch.ops.halfbyte.linear.default, torch.ops.halfbyte.conv2d.default
+attention = torch.ops.halfbyte.attention.default
 
 
 def weight_format(spec: WeightSpec) -> tuple[int, ...]:
