@@ -134,7 +134,7 @@ struct Kernels {
   void (*finish)(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows) = nullptr;
   void (*search)(const ScaleSearch& search, uint8_t* work) = nullptr;
   Energy (*round)(const WeightRounding& rounding, uint8_t* work) = nullptr;
-  void (*soften)(const Softening& softening) = nullptr;
+  void (*soften)(const Softening& softening) = nullptr;  // between attention's products
   void (*gather)(const Gathering& gathering) = nullptr;
   int tile_zero = 0;  // what `tile` and `thin` take off every input byte
   const Kernels* narrow = nullptr;  // others for tiled nibbles with levels of at most `narrow_level`

@@ -357,9 +357,8 @@ class Recipe(Fields):
 
     def simulated_only(self) -> str | None:
         """Why some layer of this recipe cannot run in exact integers (None: all can)."""
-        if self.attention not in (None, INTEGERS):
-            asked = "" if self.attention is None else self.attention.describe()
-            return f"its attention with {asked} exists in simulation only; {INTEGERS.describe()} runs"
+        if self.attention is not None and self.attention != INTEGERS:
+            return f"its attention with {self.attention.describe()} exists in simulation only; {INTEGERS.describe()} runs"
         if self.temporal:
             return "its differences over time exist in simulation only"
         return next((hindrance for hindrance in (spec.simulated_only() for spec in self._layer_specs()) if hindrance), None)
