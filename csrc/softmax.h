@@ -86,10 +86,11 @@ struct Softmax {
     return load_lanes<Floats>(some);
   }
 
+  template <bool Biased>
   static inline float largest(const Floats* scores) {
     Floats most = scores[0];
     for (int v = 1; v < vectors; v++) most = larger(most, scores[v]);
-    most = larger(most, all(lowest));
+    if (Biased) most = larger(most, all(lowest));  // a bias may hide all keys
     return reduce<W>(most, [](auto a, auto b) { return a > b ? a : b; });
   }
 
@@ -102,7 +103,7 @@ struct Softmax {
   static inline void row(const Softening& s, int row, const int32_t* const* sums) {
     Floats scores[vectors];
     score<Biased>(s, row, sums, scores);
-    const float exponent = std::ceil(largest(scores));
+    const float exponent = std::ceil(largest<Biased>(scores));
     Ints total{};
     for (int i = 0; i < part; i += W) {
       Ints words{};
@@ -119,11 +120,15 @@ struct Softmax {
     s.totals[row] = (s.first ? 0.0f : s.totals[row] * s.keep[row]) + static_cast<float>(sum) * s.weight[row];
   }
 
-  static inline void soften(const Softening& s) {
+  // A loop for each: where one holds both, the compiler no longer keeps its constants in registers.
+  template <bool Biased>
+  [[gnu::noinline]] static void rows(const Softening& s) {
     const int32_t* sums[key_block / 16];
     for (int b = 0; b < key_block / 16; b++) sums[b] = s.sums.at(0, b);
-    for (int r = 0; r < s.rows; r++) s.bias ? row<true>(s, r, sums) : row<false>(s, r, sums);
+    for (int r = 0; r < s.rows; r++) row<Biased>(s, r, sums);
   }
+
+  static inline void soften(const Softening& s) { s.bias ? rows<true>(s) : rows<false>(s); }
 
   static inline void gather(const Gathering& g) {
     for (int64_t b = 0; b < g.blocks; b++) {
