@@ -175,6 +175,9 @@ const Kernels* avx2_kernels() {
       .round = avx2_round,
       .soften = avx2_soften,
       .gather = avx2_gather,
+      .gelu = avx2_gelu,
+      .sum_pixels = avx2_sum_pixels,
+      .scale_pixels = avx2_scale_pixels,
   };
   static const Kernels kernels = {
       .rows = 3,
@@ -190,6 +193,9 @@ const Kernels* avx2_kernels() {
       .round = avx2_round,
       .soften = avx2_soften,
       .gather = avx2_gather,
+      .gelu = avx2_gelu,
+      .sum_pixels = avx2_sum_pixels,
+      .scale_pixels = avx2_scale_pixels,
       .narrow = &narrow,
   };
   return &kernels;

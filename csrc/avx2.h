@@ -13,5 +13,8 @@ void avx2_search(const ScaleSearch& search, uint8_t* work);
 Energy avx2_round(const WeightRounding& rounding, uint8_t* work);
 void avx2_soften(const Softening& softening);
 void avx2_gather(const Gathering& gathering);
+void avx2_gelu(Dtype dtype, const char* x, int64_t count, char* y);
+void avx2_sum_pixels(const Pixels& pixels, float* sums, float* squares);
+void avx2_scale_pixels(const Pixels& pixels, const float* gain, const float* offset, char* y);
 
 }  // namespace halfbyte

@@ -189,6 +189,9 @@ const Kernels* avx512_kernels() {
       .round = avx512_round,
       .soften = avx512_soften,
       .gather = avx512_gather,
+      .gelu = avx512_gelu,
+      .sum_pixels = avx512_sum_pixels,
+      .scale_pixels = avx512_scale_pixels,
   };
   return &kernels;
 }

@@ -13,5 +13,8 @@ void avx512_search(const ScaleSearch& search, uint8_t* work);
 Energy avx512_round(const WeightRounding& rounding, uint8_t* work);
 void avx512_soften(const Softening& softening);
 void avx512_gather(const Gathering& gathering);
+void avx512_gelu(Dtype dtype, const char* x, int64_t count, char* y);
+void avx512_sum_pixels(const Pixels& pixels, float* sums, float* squares);
+void avx512_scale_pixels(const Pixels& pixels, const float* gain, const float* offset, char* y);
 
 }  // namespace halfbyte

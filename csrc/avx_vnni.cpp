@@ -60,6 +60,9 @@ const Kernels* avx_vnni_kernels() {
       .round = avx2_round,
       .soften = avx2_soften,
       .gather = avx2_gather,
+      .gelu = avx2_gelu,
+      .sum_pixels = avx2_sum_pixels,
+      .scale_pixels = avx2_scale_pixels,
   };
   return &kernels;
 }

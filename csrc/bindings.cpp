@@ -205,6 +205,21 @@ void attend(int64_t images, int64_t heads, const HeadsArguments& queries, const 
              static_cast<float>(factor), {reinterpret_cast<const float*>(bias[0]), bias[1], bias[2], bias[3]}, heads_of(output));
 }
 
+void gelu(uint64_t x, int dtype, int64_t count, uint64_t y, int threads) {
+  nb::gil_scoped_release unlocked;
+  hb::gelu({hb::default_isa(), threads, hb::parallel_for}, dtype_of(dtype), reinterpret_cast<const void*>(x), count,
+           reinterpret_cast<void*>(y));
+}
+
+// extent: images, pixels, channels, groups; places: addresses of x, gain and offset (0: none), y
+void group_norm(int dtype, const std::array<int64_t, 4>& extent, double epsilon, const std::array<uint64_t, 4>& places, int threads) {
+  nb::gil_scoped_release unlocked;
+  hb::group_norm({hb::default_isa(), threads, hb::parallel_for},
+                 {dtype_of(dtype), extent[0], extent[1], extent[2], extent[3], epsilon, reinterpret_cast<const float*>(places[1]),
+                  reinterpret_cast<const float*>(places[2]), reinterpret_cast<const void*>(places[0]),
+                  reinterpret_cast<void*>(places[3])});
+}
+
 }  // namespace
 
 NB_MODULE(_engine, m) {
@@ -227,6 +242,8 @@ NB_MODULE(_engine, m) {
   m.def("unpack", &unpack, nb::arg(), nb::arg(), nb::arg().none());
   m.def("search_scales", &search_scales);
   m.def("attend", &attend);
+  m.def("gelu", &gelu);
+  m.def("group_norm", &group_norm);
   m.def("round_weights", &round_weights, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("forward", &forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
 }

@@ -188,6 +188,25 @@ struct ScoreBias {
 void attend(const Run& run, int64_t images, int64_t heads, const Heads& queries, const Heads& keys, const Heads& values,
             float factor, const ScoreBias& bias, const Heads& output);
 
+// ---- between layers ---------------------------------------------------------------------------------------------------------
+
+// GELU by tanh of adjacent values; runtime/pointwise.py says how, in the same float32 operations.
+void gelu(const Run& run, Dtype dtype, const void* x, int64_t count, void* y);
+
+// Group norm of images with channels innermost: groups of neighbouring channels get mean 0 and variance 1, then every channel its
+// gain and offset (float32; null: 1 and 0); likewise. A group with a NaN or an infinity comes out as NaN.
+struct GroupNorm {
+  Dtype dtype = Dtype::float32;
+  int64_t images = 0, pixels = 0, channels = 0, groups = 1;
+  double epsilon = 1e-5;
+  const float* gain = nullptr;
+  const float* offset = nullptr;
+  const void* x = nullptr;
+  void* y = nullptr;
+};
+
+void group_norm(const Run& run, const GroupNorm& call);
+
 // Frees the scratch memory that this thread keeps between calls.
 void release_scratch();
 

@@ -25,6 +25,9 @@ void scalar_encode(const void* values, Dtype dtype, int64_t count, const Encodin
 void scalar_finish(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);
 void scalar_search(const ScaleSearch& search, uint8_t* work);
 Energy scalar_round(const WeightRounding& rounding, uint8_t* work);
+void scalar_gelu(Dtype dtype, const char* x, int64_t count, char* y);
+void scalar_sum_pixels(const Pixels& pixels, float* sums, float* squares);
+void scalar_scale_pixels(const Pixels& pixels, const float* gain, const float* offset, char* y);
 void scalar_product(const Run& run, const Problem& problem, const Output& output);
 
 // A call of `attend`.

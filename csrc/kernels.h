@@ -115,6 +115,13 @@ struct Gathering {
   float* acc;  // (rows, 16 * blocks)
 };
 
+// Adjacent pixels of an image, channels innermost.
+struct Pixels {
+  Dtype dtype;
+  int64_t count, channels;
+  const char* x;
+};
+
 struct Kernels {
   int rows = 1, blocks = 1;  // of a tile: input rows, blocks of 16 output channels. Its sums are (rows, 16 * blocks) int32
   int thin_rows = 0;         // `thin` takes at most this many; 0: there is none
@@ -136,6 +143,9 @@ struct Kernels {
   Energy (*round)(const WeightRounding& rounding, uint8_t* work) = nullptr;
   void (*soften)(const Softening& softening) = nullptr;  // between attention's products
   void (*gather)(const Gathering& gathering) = nullptr;
+  void (*gelu)(Dtype dtype, const char* x, int64_t count, char* y) = nullptr;
+  void (*sum_pixels)(const Pixels& pixels, float* sums, float* squares) = nullptr;  // of each channel, pixel after pixel
+  void (*scale_pixels)(const Pixels& pixels, const float* gain, const float* offset, char* y) = nullptr;  // x * gain + offset
   int tile_zero = 0;  // what `tile` and `thin` take off every input byte
   const Kernels* narrow = nullptr;  // others for tiled nibbles with levels of at most `narrow_level`
   int even_rows = 0;                // `tile` reads rows in runs of this many, evenly spaced; the driver copies others together

@@ -12,6 +12,7 @@
 #include "floats.h"
 #include "multiples.h"
 #include "shifted.h"
+#include "pointwise.h"
 #include "softmax.h"
 
 namespace halfbyte {
@@ -338,6 +339,9 @@ const Kernels* neon_kernels() {
       .round = scalar_round,
       .soften = Softmax<4>::soften,
       .gather = Softmax<4>::gather,
+      .gelu = Pointwise<4>::gelu,
+      .sum_pixels = Pointwise<4>::sum_pixels,
+      .scale_pixels = Pointwise<4>::scale_pixels,
       .tile_zero = 128,
   };
   return &kernels;

@@ -14,13 +14,6 @@
 namespace halfbyte {
 namespace {
 
-template <typename V, typename T>
-static inline V load_lanes(const T* from) {
-  V v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
 // All lanes in one, halves with each other.
 template <int W, typename V, typename F>
 static inline auto reduce(V v, F join) {

@@ -22,6 +22,8 @@ void test_misaligned();
 void test_concurrent_callers();
 void test_attention();
 void test_refused_attention();
+void test_gelu();
+void test_group_norms();
 
 }  // namespace halfbyte
 
@@ -47,7 +49,9 @@ int main(int count, char** arguments) {
                {"misaligned", test_misaligned},
                {"concurrent", test_concurrent_callers},
                {"attention", test_attention},
-               {"heads", test_refused_attention}};
+               {"heads", test_refused_attention},
+               {"gelu", test_gelu},
+               {"norms", test_group_norms}};
   for (const auto& test : tests) {
     if (count > 1 && std::string(arguments[1]) != test.name) continue;
     const int before = failures, so_far = checks;

@@ -41,6 +41,7 @@ from halfbyte.metrics import sqnr
 from halfbyte.quantizers import FixedScale
 from halfbyte.recipe import INTEGERS, LayerOverride, LayerSpec, Recipe, Reconstruction
 from halfbyte.runtime.backends import backend
+from halfbyte.runtime.between import take_over
 from halfbyte.runtime.intercept import attention_modules, integer_attention, replace_attention
 from halfbyte.runtime.layers import Packed
 from halfbyte.runtime.weights import pack_layer, weight_quality, weight_scale
@@ -400,6 +401,7 @@ def pack(model: nn.Module) -> nn.Module:
         if id(layer) not in packed:
             packed[id(layer)] = pack_layer(layer)
         setattr(model.get_submodule(parent), child, packed[id(layer)])
+    take_over(model)
     return model
 
 

@@ -7,14 +7,17 @@ halfbyte` arranges that it is imported as soon as diffusers is, before or after 
 from typing import Any
 
 import torch
+from diffusers.models import activations
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte.checkpoint import METHOD
 from halfbyte.hub import LayoutConfig, after_loading, before_loading, quantize_loaded, refuse_calibration
 from halfbyte.recipe import Recipe
+from halfbyte.runtime.between import STAND_INS, takes
+from halfbyte.runtime.pointwise import gelu
 from halfbyte.unpacking import unpack_layers
 
 
@@ -86,6 +89,16 @@ def run_channels_last(model: nn.Module) -> None:
     for module in model.modules():  # not the model as a whole: torch refuses where it holds a 3-D convolution
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class EngineGELU(activations.GELU):
+    """A feed-forward's first layer and GELU, the latter by the engine."""
+
+    def gelu(self, gate: Tensor) -> Tensor:
+        return gelu(gate) if takes(gate) and self.approximate == "tanh" else super().gelu(gate)
+
+
+STAND_INS[activations.GELU] = EngineGELU
 
 
 def is_diffusers_model(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from halfbyte.conversion import packed_layers
 from halfbyte.errors import ModelError
 from halfbyte.layers import TRANSPOSED, adopt, matrix_to_weight
+from halfbyte.runtime.between import hand_back
 from halfbyte.runtime.intercept import release_attention
 from halfbyte.runtime.layers import PACKED, Packed
 
@@ -64,3 +65,4 @@ def unpack_layers(model: nn.Module, dtype: torch.dtype) -> None:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[layer])
     release_attention(model)
+    hand_back(model)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from halfbyte.quantizers import absmax_scale
 from halfbyte.runtime import engine
-from halfbyte.runtime.backends import backend
+from halfbyte.runtime.backends import has_engine
 from halfbyte.runtime.ops import FLOAT32_EXACT
 
 BLOCK = 64  # keys that share an exponent
@@ -62,14 +62,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
     return reference(query, key, value, factor, bias)
 
 
-@torch.compiler.assume_constant_result
-def _has_engine() -> bool:
-    return backend("cpu").name == "cpu"
-
-
 def _engine_takes(*heads: Tensor) -> bool:
     alike = all(one.device.type == "cpu" and one.dtype in engine.DTYPES and one.ndim == 4 for one in heads)
-    return alike and len({one.shape[:2] for one in heads}) == 1 and _has_engine()
+    return alike and len({one.shape[:2] for one in heads}) == 1 and has_engine()
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, factor: float, bias: Tensor | None = None) -> Tensor:

@@ -43,6 +43,12 @@ def backend(device: str = "cpu") -> Backend:
     return _of_cpu(asked) if device == "cpu" else _of_gpu()
 
 
+@torch.compiler.assume_constant_result
+def has_engine() -> bool:
+    """Whether the C++ engine runs what is on the CPU."""
+    return backend("cpu").name == "cpu"
+
+
 def _of_gpu() -> Backend:
     if gpu.missing():
         return Backend("reference", f"plain torch, exact integers, slow; the GPU engine cannot run: {gpu.missing()}")

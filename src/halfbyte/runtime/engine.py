@@ -3,6 +3,8 @@
     halfbyte::linear    x (..., K)        -> (..., N)             in the dtype of x
     halfbyte::conv2d    x (B, C, H, W)    -> (B, N, H', W')       in the dtype of x; channels-last or contiguous, as asked
     halfbyte::attention query, key, value (B, H, tokens, channels) -> (B, H, L, E)     in the dtype of the query
+    halfbyte::gelu      x (...)           -> the same            by tanh
+    halfbyte::group_norm    x (N, C, ...) -> the same            channels innermost in memory
     halfbyte::pack      codes, multipliers  -> (bytes,)          uint8: the weights of both, re-ordered
 
 The first two quantize their input, multiply exactly in integers with weights that stay 4-bit in memory, scale and add the bias.
@@ -41,6 +43,8 @@ _WEIGHTS = "Tensor tiles, Tensor weight_scale, Tensor? bias, int[] format"
 _FIXED = "Tensor? scale=None, Tensor? zero=None"  # of the input, one value each, where they were calibrated
 LIBRARY.define(f"linear(Tensor x, {_WEIGHTS}, {_FIXED}) -> Tensor")
 LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, float factor, Tensor? bias=None) -> Tensor")
+LIBRARY.define("gelu(Tensor x) -> Tensor")
+LIBRARY.define("group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float epsilon) -> Tensor")
 LIBRARY.define(f"conv2d(Tensor x, int[] sizes, bool channels_last, {_WEIGHTS}, {_FIXED}) -> Tensor")
 
 
@@ -139,14 +143,52 @@ def _attention_output(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> Te
     return query.new_empty((images, tokens, heads, value.shape[-1])).transpose(1, 2)
 
 
+def _gelu(x: Tensor) -> Tensor:
+    y = _gelu_output(x)
+    given = x if x.stride() == y.stride() else torch.empty_like(y).copy_(x)  # y has no gaps
+    if x.dtype not in DTYPES:
+        raise PackedError(f"GELU takes floats, got {x.dtype}")
+    _engine.gelu(given.data_ptr(), DTYPES[x.dtype], x.numel(), y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+def _gelu_output(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    y = _group_norm_output(x)
+    if not x.movedim(1, -1).is_contiguous() or x.dtype not in DTYPES:
+        raise PackedError(f"group norm takes floats with channels innermost in memory; got {x.dtype} with strides {x.stride()}")
+    affine = [None if one is None else one.float().contiguous() for one in (weight, bias)]
+    if any(one is not None and one.shape != x.shape[1:2] for one in affine):
+        raise PackedError(f"group norm of {x.shape[1]} channels takes as many gains and offsets")
+    places = [x.data_ptr(), *(0 if one is None else one.data_ptr() for one in affine), y.data_ptr()]
+    extent = (x.shape[0], x[0, 0].numel() if len(x) else 0, x.shape[1], groups)
+    try:
+        _engine.group_norm(DTYPES[x.dtype], extent, epsilon, places, torch.get_num_threads())
+    except ValueError as error:
+        raise PackedError(f"the C++ engine refuses: {error}") from error
+    return y
+
+
+def _group_norm_output(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
+
+
 LIBRARY.impl("linear", _linear, "CPU")
 LIBRARY.impl("conv2d", _conv2d, "CPU")
 LIBRARY.impl("attention", _attention, "CPU")
+LIBRARY.impl("gelu", _gelu, "CPU")
+LIBRARY.impl("group_norm", _group_norm, "CPU")
 torch.library.register_fake("halfbyte::linear", _linear_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::conv2d", _conv2d_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::attention", _attention_output, lib=LIBRARY)
+torch.library.register_fake("halfbyte::gelu", _gelu_output, lib=LIBRARY)
+torch.library.register_fake("halfbyte::group_norm", _group_norm_output, lib=LIBRARY)
 linear, conv2d = torch.ops.halfbyte.linear.default, torch.ops.halfbyte.conv2d.default
 attention = torch.ops.halfbyte.attention.default
+gelu, group_norm = torch.ops.halfbyte.gelu.default, torch.ops.halfbyte.group_norm.default
 
 
 def weight_format(spec: WeightSpec) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from halfbyte.quantizers import QuantizedWeight, decode_weight
 from halfbyte.recipe import LayerSpec
 from halfbyte.runtime import cpu, gpu
 from halfbyte.runtime.backends import engine_plan
+from halfbyte.runtime.between import take_over
 from halfbyte.runtime.ops import quantized_forward
 from halfbyte.runtime.tiled import Tiled
 
@@ -283,5 +284,6 @@ def install(
         if layer in made:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, made[layer])
+    take_over(model)
     if timesteps:
         follow_timesteps(model, timesteps)

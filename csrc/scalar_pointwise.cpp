@@ -1,0 +1,46 @@
+// The oracle of what stands between layers: a value at a time.
+#include <cmath>
+
+#include "floats.h"
+#include "internal.h"
+
+namespace halfbyte {
+namespace {
+
+float power(float x) {
+  const float bounded = x > -125.0f ? (x < 128.0f ? x : 128.0f) : -125.0f, whole = std::nearbyint(bounded);
+  const float fraction = bounded - whole;
+  float found = fraction * 0x1.5d87fep-10f + 0x1.3b2ab6p-7f;
+  for (const float coefficient : {0x1.c6b08ep-5f, 0x1.ebfbep-3f, 0x1.62e43p-1f, 1.0f}) found = found * fraction + coefficient;
+  return float_of_bits(bits_of_float(found) + (static_cast<uint32_t>(static_cast<int32_t>(whole)) << 23));
+}
+
+}  // namespace
+
+void scalar_gelu(Dtype dtype, const char* x, int64_t count, char* y) {
+  for (int64_t i = 0; i < count; i++) {
+    const float value = load(x, dtype, i), inner = value * value * 0x1.6e4e26p-5f + 1.0f;
+    store(y, dtype, i, value / (power(value * -0x1.26aec2p+1f * inner) + 1.0f));
+  }
+}
+
+void scalar_sum_pixels(const Pixels& pixels, float* sums, float* squares) {
+  for (int64_t c = 0; c < pixels.channels; c++) {
+    float sum = 0, square = 0;
+    for (int64_t p = 0; p < pixels.count; p++) {
+      const float value = load(pixels.x, pixels.dtype, p * pixels.channels + c);
+      sum += value, square += value * value;
+    }
+    sums[c] = sum, squares[c] = square;
+  }
+}
+
+void scalar_scale_pixels(const Pixels& pixels, const float* gain, const float* offset, char* y) {
+  for (int64_t p = 0; p < pixels.count; p++)
+    for (int64_t c = 0; c < pixels.channels; c++) {
+      const int64_t at = p * pixels.channels + c;
+      store(y, pixels.dtype, at, load(pixels.x, pixels.dtype, at) * gain[c] + offset[c]);
+    }
+}
+
+}  // namespace halfbyte

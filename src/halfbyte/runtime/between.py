@@ -1,0 +1,51 @@
+"""Modules between packed layers that our engine runs faster than torch does, in the 16-bit types on the CPU.
+
+A packed model's group norms and GELUs are given another class; parameters, names and hooks stay. In float32, on other
+devices, under autocast and where gradients are wanted they do what they always did. So a float32 model, packed or simulated, draws
+the very same images.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.runtime.pointwise import gelu, group_norm
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the engine is to run what this is the input of."""
+    wants_gradient = torch.is_grad_enabled() and x.requires_grad
+    return x.device.type == "cpu" and x.dtype in HALVES and not wants_gradient and not torch.is_autocast_enabled("cpu")
+
+
+class GroupNorm(nn.GroupNorm):
+    """A group norm by the engine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not takes(x):
+            return super().forward(x)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class GELU(nn.GELU):
+    """GELU by tanh by the engine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x) if takes(x) and self.approximate == "tanh" else super().forward(x)
+
+
+STAND_INS: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: GroupNorm, nn.GELU: GELU}  # plugins add theirs
+
+
+def take_over(model: nn.Module) -> None:
+    """Have the engine run the modules of a model that it can, until `hand_back`."""
+    for module in model.modules():
+        module.__class__ = STAND_INS.get(type(module), type(module))
+
+
+def hand_back(model: nn.Module) -> None:
+    """The modules as they were before `take_over`."""
+    known = {ours: theirs for theirs, ours in STAND_INS.items()}
+    for module in model.modules():
+        module.__class__ = known.get(type(module), type(module))

@@ -1,0 +1,124 @@
+"""Modules between packed layers: which the engine takes over, when it runs them, and that they are given back."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import halfbyte as hb
+from halfbyte.api import pack_model, quantize
+from halfbyte.metrics import sqnr
+from halfbyte.runtime import between
+from halfbyte.runtime.between import STAND_INS, hand_back, take_over
+from halfbyte.unpacking import unpack_layers
+
+KINDS = (nn.GroupNorm, nn.GELU)
+
+
+def kinds_of(model):
+    return [type(module) for module in model.modules() if type(module) in (*STAND_INS, *STAND_INS.values())]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv, self.act = nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 3, padding=1), nn.GELU(approximate="tanh")
+
+    def forward(self, x):
+        return self.act(self.conv(self.norm(x)))
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return Block().eval().to(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How often the engine ran, by name."""
+    found = {"gelu": 0, "group_norm": 0}
+    for name in found:
+        ours = getattr(between, name)
+
+        def run(*args, name=name, ours=ours):
+            found[name] += 1
+            return ours(*args)
+
+        monkeypatch.setattr(between, name, run)
+    return found
+
+
+@torch.no_grad()
+def test_only_the_16_bit_types(block, x, runs):
+    exact = block(x)
+    take_over(block)
+    assert torch.equal(block(x), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        block(x)
+    assert runs == {"gelu": 0, "group_norm": 0}
+    for calls, dtype in enumerate((torch.bfloat16, torch.float16), 1):
+        found = copy.deepcopy(block).to(dtype)(x.to(dtype))
+        assert runs == {"gelu": calls, "group_norm": calls}
+        assert sqnr(exact, found.float()) > 40
+
+
+def test_gradients_go_torchs_way(block, x, runs):
+    take_over(block.bfloat16())
+    block(x.bfloat16().requires_grad_()).sum().backward()
+    assert runs == {"gelu": 0, "group_norm": 0}
+    assert block.norm.weight.grad is not None
+
+
+def test_exact_gelu_is_torchs(x, runs):
+    exact = nn.GELU()
+    take_over(exact)
+    assert torch.equal(exact(x.bfloat16()), nn.functional.gelu(x.bfloat16()))
+    assert runs["gelu"] == 0
+
+
+def test_packing_takes_over_and_unpacking_gives_back(block):
+    before = kinds_of(block)
+    pack_model(quantize(block, "quartz-w4a8", simulate=True).model)
+    assert kinds_of(block) == [STAND_INS[kind] for kind in before]
+    names = list(block.state_dict())
+    for copied in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert kinds_of(copied) == kinds_of(block)
+        assert list(copied.state_dict()) == names
+    unpack_layers(block, torch.float32)
+    assert kinds_of(block) == before
+
+
+@pytest.mark.parametrize("name", ["UNet2DModel", "DiTTransformer2DModel", "FluxTransformer2DModel"])
+@torch.no_grad()
+def test_models_of_diffusers(name, build, call, tmp_path):
+    model = build(name)
+    hb.quantize(model, "quartz-w4a8")
+    taken = [kind for kind in kinds_of(model) if kind in STAND_INS.values()]
+    assert taken
+    assert kinds_of(model) == taken
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert kinds_of(loaded) == taken
+    arguments = {
+        key: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in call(name).items()
+    }
+    ours = loaded(**arguments, return_dict=False)[0]
+    hand_back(loaded)
+    assert not [kind for kind in kinds_of(loaded) if kind in STAND_INS.values()]
+    assert sqnr(loaded(**arguments, return_dict=False)[0].float(), ours.float()) > 30
+
+
+@torch.no_grad()
+def test_compiles_whole(block, x):
+    pack_model(quantize(block, "quartz-w4a8", simulate=True).model)
+    block, x = block.bfloat16(), x.bfloat16()
+    assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
