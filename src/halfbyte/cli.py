@@ -213,7 +213,10 @@ def heal(
     ] = None,
     dfa: Annotated[
         str | None,
-        typer.Option(help="talora, lora: weigh the loss by denoising factors: auto, ddpm, ddim, flow or off.  [default: auto]"),
+        typer.Option(
+            help="What an error counts: its square in the next sample: step; a factor: auto, ddpm, ddim, flow; just itself: off.  "
+            "[default: auto; quest: step]"
+        ),
     ] = None,
     stages: Annotated[
         list[str] | None, typer.Option(help="quest: temporal, critical or full; may be repeated.  [default: temporal, critical]")

@@ -76,7 +76,8 @@ def test_healing_brings_the_student_closer_to_its_teacher(student, pipe):
     assert result.share <= 0.07
     assert list(result.trained) == ["temporal", "critical"]
     assert result.choice == {}
-    assert result.gamma is None
+    assert result.gamma.shape == (4,)
+    assert result.settings["dfa"] == "step"
     assert result.stored_bytes == result.stored_before
     assert result.peak_bytes > 1e7
     assert [row["step"] for row in result.log] == list(range(1, 41))
@@ -243,7 +244,8 @@ def test_refusals(student, pipe):
         (student, {"share": 1.5}, "share must be 0 to 1, got 1.5"),
         (student, {"share": 0, "scale_rate": 0}, "the stage 'temporal' has nothing to train"),
         (student, {"share": 0, "global_weight": 0}, "the stage 'temporal' trains no weights, so it has no local loss"),
-        (student, {"dfa": "ddpm"}, "quest has no denoising factors"),
+        (student, {"dfa": "flow"}, "form 'ddpm' or 'ddim', got 'flow'"),
+        (student, {"dfa": "next"}, "dfa must be one of 'auto', 'ddim', 'ddpm', 'flow', 'off', 'step', got 'next'"),
         (student, {"rank": 4}, "heal has no option 'rank' for quest"),
         (student, {"global_weight": -1}, "global_weight must be >= 0"),
     ]:

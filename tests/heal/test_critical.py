@@ -7,7 +7,7 @@ import torch
 
 import halfbyte as hb
 from halfbyte.heal.critical import Charge, charges, worst_layers
-from halfbyte.heal.method import mean_square
+from halfbyte.heal.objective import mean_square
 from halfbyte.heal.states import PoolSettings, StatePool, prediction
 from halfbyte.layers import FakeQuant, apply_layer
 from halfbyte.recipe import LayerSpec, Recipe, WeightSpec

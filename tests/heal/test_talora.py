@@ -10,6 +10,7 @@ from torch import nn
 import halfbyte as hb
 from halfbyte.errors import CalibrationError, HealError
 from halfbyte.heal.distill import distill
+from halfbyte.heal.objective import Weighted
 from halfbyte.heal.routing import LoRASettings, Routing, by_choice
 from halfbyte.heal.settings import Settings
 from halfbyte.heal.states import PoolSettings, StatePool
@@ -396,10 +397,10 @@ def test_gamma_weighs_the_loss_by_timestep(pipe):
     student = copy.deepcopy(pipe.unet)
     hb.quantize(student, FP4, simulate=True)
     gamma = torch.linspace(0.5, 1.5, 1000)
-    plain, weighed = TALoRA(student, TIMES, LoRASettings()), None
+    plain = TALoRA(student, TIMES, LoRASettings())
     batch = StatePool(pipe, PoolSettings(batch=4, sampler_steps=4), range(4)).batch(0)
     with torch.no_grad():
         losses = plain.loss(student, batch)
-        plain.gamma = gamma
+        plain.objective = Weighted(TIMES, gamma)
         weighed = plain.loss(student, batch)
     assert torch.allclose(weighed, losses * gamma[batch.timesteps.long()])

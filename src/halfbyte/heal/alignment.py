@@ -23,6 +23,8 @@ from halfbyte.calibration import Call, find_denoiser
 from halfbyte.errors import DivergedError, HealError, StoppedError, listed
 from halfbyte.heal.critical import Charge, charges, worst_layers
 from halfbyte.heal.distill import TICKS, Progress, distill
+from halfbyte.heal.method import Method
+from halfbyte.heal.objective import Objective
 from halfbyte.heal.scales import norm_parameters
 from halfbyte.heal.selective import LossWeights, Selective, Stage, parameters_of, quantized_layers
 from halfbyte.heal.settings import Settings
@@ -76,6 +78,7 @@ def align(
     selective: SelectiveSettings,
     calls: Sequence[Call],
     *,
+    objective: Objective = Method.objective,
     prompts: Sequence[str] = (),
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -86,6 +89,7 @@ def align(
 
     Args:
         calls: of the teacher, along one trajectory.
+        objective: what an error of the prediction counts.
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -98,7 +102,7 @@ def align(
     rows: list[dict[str, Any]] = []
     with _as_it_came(student, layers):
         for number, stage in enumerate(stages):
-            method = Selective(student, find_denoiser(pipe), stage, selective)
+            method = Selective(student, find_denoiser(pipe), stage, selective, objective)
             try:
                 log = distill(
                     student,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.heal.method import mean_square
+from halfbyte.heal.objective import mean_square
 from halfbyte.heal.states import Batch, prediction
 from halfbyte.layers import FakeQuant
 

@@ -12,7 +12,6 @@ a predicted sample is sqrt(abar / (1 - abar)) dx. Weights are scaled to mean 1 o
 rate keeps its meaning.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -49,9 +48,7 @@ def denoising_factors(scheduler: Any, form: Form | None = None, steps: int = 20,
     if prediction not in PREDICTIONS:
         raise HealError(f"the denoising factors of a {prediction!r} prediction are not known; {', '.join(PREDICTIONS)} are")
     remaining = scheduler.alphas_cumprod.double()  # abar_t: the share of the image in the variance
-    width = 1 if form == "ddpm" else max(1, len(remaining) // steps)
-    last = getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0)).double() if form == "ddim" else torch.tensor(1.0).double()
-    before = torch.cat([last.expand(min(width, len(remaining))), remaining])[: len(remaining)]
+    before = previous(scheduler, form, steps)
     of_velocity = _ddpm(remaining, before) if form == "ddpm" else _ddim(remaining, before, eta)
     factors: Tensor = of_velocity / {"epsilon": remaining.sqrt(), "v_prediction": 1.0, "sample": (1 - remaining).sqrt()}[prediction]
     if not factors.isfinite().all():
@@ -60,6 +57,14 @@ def denoising_factors(scheduler: Any, form: Form | None = None, steps: int = 20,
             "where the schedule leaves no signal; train without denoising factors"
         )
     return factors.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def previous(scheduler: Any, form: Form, steps: int) -> Tensor:
+    """abar of the timestep that a step leads to, float64 (T,): the one before for the form ddpm, else that of a sampler's step."""
+    remaining = scheduler.alphas_cumprod.double()
+    width = 1 if form == "ddpm" else max(1, len(remaining) // steps)
+    last = getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0)).double() if form == "ddim" else torch.tensor(1.0).double()
+    return torch.cat([last.expand(min(width, len(remaining))), remaining])[: len(remaining)]
 
 
 def _ddpm(remaining: Tensor, before: Tensor) -> Tensor:
@@ -89,18 +94,7 @@ def normalised(factors: Tensor, timesteps: Sequence[int] | Tensor | None = None)
     return (factors / chosen.mean()).float()
 
 
-def gamma_at(scheduler: Any, form: str, steps: int, timesteps: Sequence[float], seen: Sequence[float]) -> Tensor:
-    """Denoising factors at some timesteps, with mean 1 over those of a trajectory; float32 (T,).
-
-    Args:
-        form: one of `Form`, or auto.
-        timesteps, seen: where the factors are wanted, and along the trajectory; as the denoiser takes them, in some models
-            fractions of 1.
-    """
-    factors = denoising_factors(scheduler, None if form == "auto" else form, steps)  # type: ignore[arg-type]
-    stretch = len(factors) if max(seen) <= 1 else 1
-
-    def index(times: Sequence[float]) -> list[int]:
-        return [min(len(factors) - 1, math.floor(time * stretch + 0.5)) for time in times]
-
-    return normalised(factors, index(seen))[index(timesteps)]
+def index_of(timesteps: Tensor, largest: float, count: int) -> Tensor:
+    """Where timesteps, as the denoiser takes them, stand among `count`; some models, of largest 1, take fractions of 1."""
+    stretch = count if largest <= 1 else 1
+    return (timesteps.double() * stretch + 0.5).floor().long().clamp(0, count - 1)

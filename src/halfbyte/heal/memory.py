@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from halfbyte.heal.method import Method, mean_square
+from halfbyte.heal.method import Method
+from halfbyte.heal.objective import mean_square
 from halfbyte.heal.states import Batch, prediction
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from halfbyte.heal.objective import Objective
 from halfbyte.heal.states import Batch, prediction
 
 
@@ -11,6 +12,7 @@ class Method:
     """What a fine-tune trains and minimises. This base trains nothing and compares predictions; methods change what they need."""
 
     name = "method"
+    objective = Objective()  # what an error of the prediction counts
 
     def trained(self) -> dict[str, float]:
         """Names of the student's parameters to train, with the factor of the learning rate for each."""
@@ -25,9 +27,4 @@ class Method:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Loss of every row of a batch, float32 (rows,); `model` is the student, wrapped where several processes train it."""
-        return mean_square(prediction(model(*batch.args, **batch.kwargs)), batch.target)
-
-
-def mean_square(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of every row, float32 (rows,)."""
-    return (predicted.float() - target.float()).square().flatten(1).mean(1)
+        return self.objective(prediction(model(*batch.args, **batch.kwargs)), batch)

@@ -3,9 +3,10 @@
     loss of a row = local_weight * mean over chosen layers of ||o - o'||^2 / energy  +  global_weight * ||y - y'||^2
 
 o and o' are what a layer puts out in the student (on quantized inputs) and in the float teacher, y and y' the two predictions,
-norms are means over values. The paper sums squared errors of layers as they are; here each is divided by the energy of the layer's
-output, and their mean is taken, so that no layer counts more for its scale and the two weights mean the same in every model. The
-paper's weights are 1 and 2; of errors so divided, a local weight of 1 leaves 0.3 dB less than 0.2 (docs/log.md).
+norms are means over values. ||y - y'||^2 is an `Objective`: as it is, or, by default, the error of the next sample. The paper sums
+squared errors of layers as they are; here each is divided by the energy of the layer's output, and their mean is taken, so that no
+layer counts more for its scale and the two weights mean the same in every model. The paper's weights are 1 and 2; of errors so
+divided, a local weight of 1 leaves 0.3 dB less than 0.2 (docs/log.md).
 
 - A rounded weight follows Q(w): every update may flip it, in both directions. The authors' code freezes the round-up bits.
 - Scales are learned as logarithms of what they are relative to calibration: they stay positive, and one rate suits all. Each row
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from halfbyte.errors import HealError
-from halfbyte.heal.method import Method, mean_square
+from halfbyte.heal.method import Method
+from halfbyte.heal.objective import Objective, mean_square
 from halfbyte.heal.scales import NORM_RATE, SCALE_RATE, learned_input, norm_parameters, weight_step
 from halfbyte.heal.states import Batch, prediction
 from halfbyte.heal.talora import replace, restore
@@ -152,12 +154,15 @@ class Selective(Method):
     Args:
         student: with trainable quantized layers, all of which are replaced in place.
         teacher: the float model, with the same names.
+        objective: what an error of the prediction counts.
     """
 
     name = "quest"
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, stage: Stage, weights: LossWeights) -> None:
-        self.student, self.teacher, self.stage, self.settings = student, teacher, stage, weights
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, stage: Stage, weights: LossWeights, objective: Objective = Method.objective
+    ) -> None:
+        self.student, self.teacher, self.stage, self.settings, self.objective = student, teacher, stage, weights, objective
         self.before: dict[str, Any] = dict(quantized_layers(student))
         self.layers: dict[str, Any] = {}
         for name, layer in self.before.items():
@@ -192,7 +197,8 @@ class Selective(Method):
         return rates
 
     def identity(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self.settings), "stage": self.stage.identity()}
+        objective = {"objective": self.objective.identity()}
+        return {"name": self.name, **asdict(self.settings), **objective, "stage": self.stage.identity()}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         rows, local = len(batch.target), batch.target.new_zeros(len(batch.target), dtype=torch.float32)
@@ -211,7 +217,7 @@ class Selective(Method):
             with torch.no_grad(), torch.autocast(batch.target.device.type, enabled=False):
                 self._run(self.teacher, batch, keep)
         predicted = self._run(model, batch, compare if self.handles else None)
-        losses = self.settings.global_weight * mean_square(predicted, batch.target)
+        losses = self.settings.global_weight * self.objective(predicted, batch)
         return losses + self.settings.local_weight / max(1, len(self.stage.weights)) * local
 
     def _run(self, model: nn.Module, batch: Batch, look: Callable[[str, Tensor], None] | None) -> Tensor:

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from halfbyte.errors import HealError
 from halfbyte.formats import get_grid
-from halfbyte.heal.method import Method, mean_square
+from halfbyte.heal.method import Method
+from halfbyte.heal.objective import Objective
 from halfbyte.heal.routing import LoRASettings, Routing, by_choice
 from halfbyte.heal.scales import NORM_RATE, learned_input, norm_parameters, weight_step
-from halfbyte.heal.states import Batch, prediction
 from halfbyte.layers import FAKE_QUANT, FakeQuant, apply_layer, follow_timesteps, input_to_rows, matrix_to_weight, weight_to_matrix
 from halfbyte.quantizers import FixedScale
 
@@ -143,7 +143,7 @@ class TALoRA(Method):
     Args:
         student: with trainable quantized layers, which are replaced in place.
         timesteps: ascending, as the denoiser takes them: the entries of the finished tables.
-        gamma: float32 (T,): weight of the loss at each of them; None: 1.
+        objective: what an error of the prediction counts.
     Raises:
         HealError: when the student has no layer to put LoRAs into.
     """
@@ -151,9 +151,14 @@ class TALoRA(Method):
     name = "talora"
 
     def __init__(
-        self, student: nn.Module, timesteps: Sequence[float], settings: LoRASettings, gamma: Tensor | None = None, seed: int = 0
+        self,
+        student: nn.Module,
+        timesteps: Sequence[float],
+        settings: LoRASettings,
+        objective: Objective = Method.objective,
+        seed: int = 0,
     ) -> None:
-        self.student, self.settings, self.gamma = student, settings, gamma
+        self.student, self.settings, self.objective = student, settings, objective
         self.before: dict[str, Any] = lora_targets(student)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
@@ -183,19 +188,10 @@ class TALoRA(Method):
         return rates
 
     def identity(self) -> dict[str, Any]:
-        weights = None if self.gamma is None else [round(float(self.gamma[index]), 5) for index in (0, len(self.gamma) // 2, -1)]
-        return {"name": self.name, **asdict(self.settings), "gamma": weights}
+        return {"name": self.name, **asdict(self.settings), "objective": self.objective.identity()}
 
     def before_step(self, step: int) -> None:
         self.routing.listening = self.routing.learns and step % self.settings.router_every == 0
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        losses = mean_square(prediction(model(*batch.args, **batch.kwargs)), batch.target)
-        if self.gamma is None:
-            return losses
-        times = self.routing.timesteps
-        index = torch.searchsorted(times, batch.timesteps.to(times)).clamp(max=len(times) - 1)
-        return losses * self.gamma.to(losses.device)[index]
 
     def remove(self) -> None:
         """Take hubs and router out again; the student is as it came."""

@@ -13,9 +13,9 @@ from halfbyte.calibration import Call, find_denoiser, record_calls
 from halfbyte.conversion import SIMULATED_ATTRIBUTE
 from halfbyte.errors import DivergedError, HealError, listed
 from halfbyte.heal.alignment import SelectiveSettings, align
-from halfbyte.heal.dfa import gamma_at
 from halfbyte.heal.distill import Progress, distill
 from halfbyte.heal.memory import peak_memory
+from halfbyte.heal.objective import FORMS, Objective, objective_of
 from halfbyte.heal.result import HealResult, stored_bytes
 from halfbyte.heal.routing import LoRASettings
 from halfbyte.heal.settings import Settings
@@ -56,7 +56,7 @@ def heal(
     *,
     steps: int | None = None,
     minutes: float | None = None,
-    dfa: Literal["auto", "ddpm", "ddim", "flow", "off"] | None = None,
+    dfa: Literal["auto", "step", "ddpm", "ddim", "flow", "off"] | None = None,
     prompts: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -71,8 +71,9 @@ def heal(
         method: talora: several LoRAs a layer, chosen by timestep; lora: one; quest: the weights of the time embedding and of the
             most sensitive layers, and all calibrated input scales.
         steps, minutes: where the run ends, the nearer of the two; neither: 1000 steps.
-        dfa: weigh the loss by denoising factors: auto takes the form that suits the scheduler. None: auto, but off for quest, which
-            has no such weights.
+        dfa: what an error of the prediction counts: step: its square in the next sample, clipping included; ddpm, ddim or flow: a
+            denoising factor of that form, auto: of the one that suits the scheduler; off: nothing but itself. None: step for
+            quest, else auto.
         prompts: for text-to-image pipelines.
         output: folder for the run's state and log; `resume` continues it.
         progress: called with (what is being done, units done, units in all).
@@ -93,8 +94,9 @@ def heal(
     float_model = find_denoiser(teacher)
     check_shapes(model, float_model)
     check_tables(model)
-    if method == "quest" and dfa not in (None, "off"):
-        raise HealError(f"quest has no denoising factors, got dfa {dfa!r}; leave it out, or heal with talora")
+    form = dfa or ("step" if method == "quest" else "auto")
+    if form not in FORMS:
+        raise HealError(f"dfa must be one of {listed(FORMS)}, got {form!r}")
     if getattr(model, SIMULATED_ATTRIBUTE, None):
         raise HealError(f"this {type(model).__name__} cannot be healed: {getattr(model, SIMULATED_ATTRIBUTE)}; quantize it without")
     identity = _identity(model, teacher, prompts)
@@ -103,15 +105,14 @@ def heal(
     if any(isinstance(layer, nn.Conv2d) for layer in model.modules()):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         float_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    job = Job(model, teacher, method, settings, own, dfa or "auto", calls, run)
+    job = Job(model, teacher, method, settings, own, form, calls, run)
     return _heal_quest(job) if method == "quest" else _heal_talora(job)
 
 
 def _heal_talora(job: Job) -> HealResult:
     model, timesteps, before = job.model, _timesteps(job), stored_bytes(job.model)
-    scheduler, steps = job.teacher.scheduler, job.settings.sampler_steps
-    gamma = None if job.dfa == "off" else gamma_at(scheduler, job.dfa, steps, timesteps, job.seen)
-    talora = TALoRA(model, timesteps, job.own, gamma, job.settings.seed)
+    objective = _objective(job, timesteps)
+    talora = TALoRA(model, timesteps, job.own, objective, job.settings.seed)
     known = dict(model.named_parameters())
     trained = sum(known[name].numel() for name in talora.trained())
     share = trained / sum(parameter.numel() for parameter in find_denoiser(job.teacher).parameters())
@@ -125,24 +126,51 @@ def _heal_talora(job: Job) -> HealResult:
         raise
     choice = talora.melt()
     return HealResult(
-        model, job.method, _used(job), log.rows, timesteps, choice, gamma, stored_bytes(model), before, share, {}, peak_memory()
+        model,
+        job.method,
+        _used(job),
+        log.rows,
+        timesteps,
+        choice,
+        objective.gamma,
+        stored_bytes(model),
+        before,
+        share,
+        {},
+        peak_memory(),
     )
 
 
 def _heal_quest(job: Job) -> HealResult:
-    before = stored_bytes(job.model)
-    done = align(job.model, job.teacher, job.settings, job.own, job.calls, **job.run)
+    before, timesteps = stored_bytes(job.model), _timesteps(job)
+    objective = _objective(job, timesteps)
+    done = align(job.model, job.teacher, job.settings, job.own, job.calls, objective=objective, **job.run)
     trained = {stage.name: {"weights": [*stage.weights], "scales": [*stage.scales]} for stage in done.stages}
-    timesteps, stored = _timesteps(job), stored_bytes(job.model)
+    stored = stored_bytes(job.model)
     return HealResult(
-        job.model, job.method, _used(job), done.log, timesteps, {}, None, stored, before, done.share, trained, peak_memory()
+        job.model,
+        job.method,
+        _used(job),
+        done.log,
+        timesteps,
+        {},
+        objective.gamma,
+        stored,
+        before,
+        done.share,
+        trained,
+        peak_memory(),
     )
+
+
+def _objective(job: Job, timesteps: Sequence[float]) -> Objective:
+    denoiser, steps = find_denoiser(job.teacher), job.settings.sampler_steps
+    return objective_of(job.dfa, job.teacher.scheduler, denoiser, steps, timesteps, job.seen)
 
 
 def _used(job: Job) -> dict[str, Any]:
     """All settings of a run, for its results."""
-    used = {**asdict(job.settings), **asdict(job.own)}
-    return used if job.method == "quest" else {**used, "dfa": job.dfa}
+    return {**asdict(job.settings), **asdict(job.own), "dfa": job.dfa}
 
 
 def _settings(method: str, options: Mapping[str, Any]) -> tuple[Settings, Any]:
