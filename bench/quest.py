@@ -5,8 +5,8 @@
     python bench/quest.py --table temporal
 
 `components` adds temporal alignment, critical modules and the global loss one after the other, then measures the latter by the
-sampler's next sample, as `halfbyte heal` does (heal/objective.py), and gives all layers, AdaRound with learned scales (as Q-Diffusion
-has it), and TALoRA, the same time. In arXiv 2402.03666 (LSUN-Bedrooms, W4A8, FID) AdaRound
+sampler's next sample, as `halfbyte heal` does (heal/objective.py), and gives all layers, AdaRound with learned scales (as
+Q-Diffusion has it), and TALoRA, the same time. In arXiv 2402.03666 (LSUN-Bedrooms, W4A8, FID) AdaRound
 alone has 6.95, with temporal alignment (and the global loss) 4.41, with both stages 3.26. `temporal` quantizes the path of the
 time embedding alone, and everything but it (the paper's property 1, LDM-4), and heals with stage 1. Published distances are of
 another data set and in other features than ours; compare how rows follow each other. Then memory of a step, beside that of the
