@@ -5,9 +5,9 @@ prediction, x the sample, and the image x0 = p x + q y and the noise r x + s y t
 
     next sample = sqrt(abar') clip(x0) + sqrt(1 - abar') (r x + s y)
 
-An error that clipping takes away costs nothing; one that leaves its inverse in the noise costs more than it seems to; and errors of
-no bias become a bias, as the half of them is cut: backgrounds turn grey. No factor sees that. `NextSample` is the squared
-error of the next sample itself. Without clipping it is the squared error times the square of the factor of the form ddim.
+An error that clipping takes from the image stays in the noise, where the image no longer makes up for most of it; and errors of no
+bias become a bias, as half of them is cut: backgrounds turn grey. No factor sees that. `NextSample` is the squared error of the
+next sample itself. Without clipping it is the squared error times the square of the factor of the form ddim.
 """
 
 import inspect
