@@ -1,5 +1,6 @@
 """The ablation of MSFP's paper on the demo model: signed FP4 and one LoRA, then mixed signs, TALoRA and DFA, one after the other.
-And what halfbyte does by default beyond it: each LoRA has input scales of its own; norms and biases are learned.
+And what halfbyte does by default beyond it: each LoRA has input scales of its own; norms and biases are learned; the loss is the
+error of the sampler's next sample.
 
     python bench/healing.py                              all rows, three seeds, the same number of steps each
     python bench/healing.py --steps 1500 --seeds 0 1 -o healing.json
@@ -19,8 +20,9 @@ ROWS = {
     "signed FP4 + one LoRA": Row("msfp-signed-w4a4", LORA, "16.02"),
     "+ mixed signs": Row("msfp-w4a4", LORA, "9.60"),
     "+ TALoRA": Row("msfp-w4a4", {"method": "talora", "dfa": "off", **ALONE}, "8.39"),
-    "+ DFA": Row("msfp-w4a4", {"method": "talora", **ALONE}, "7.69"),
-    "+ input scales, norms, biases": Row("msfp-w4a4", {"method": "talora"}),
+    "+ DFA": Row("msfp-w4a4", {"method": "talora", "dfa": "auto", **ALONE}, "7.69"),
+    "+ input scales, norms, biases": Row("msfp-w4a4", {"method": "talora", "dfa": "auto"}),
+    "by the next sample": Row("msfp-w4a4", {"method": "talora"}),
 }
 
 if __name__ == "__main__":

@@ -73,16 +73,16 @@ def encode(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
     return torch.cat(parts) * autoencoder.config.scaling_factor
 
 
-def build_transformer(latents: Tensor, width: int) -> DiTTransformer2DModel:
-    """A DiT of 5 blocks with a token for every latent pixel; 3 million parameters at width 160."""
+def build_transformer(latents: Tensor, width: int, blocks: int, patch: int) -> DiTTransformer2DModel:
+    """A DiT with a token for every patch of latent pixels; 3 million parameters at width 160, 5 blocks, patches of one pixel."""
     model = DiTTransformer2DModel(
         num_attention_heads=width // 32,
         attention_head_dim=32,
         in_channels=latents.shape[1],
         out_channels=latents.shape[1],
-        num_layers=5,
+        num_layers=blocks,
         sample_size=latents.shape[2],
-        patch_size=1,
+        patch_size=patch,
         num_embeds_ada_norm=NO_CLASS,
     )
     for block in model.transformer_blocks:  # adaLN-Zero: every block starts as the identity
@@ -181,7 +181,7 @@ class Trainer:
             self.autoencoder = AutoencoderKL.from_pretrained(options.autoencoder).to(self.accelerator.device)
             self.clean = encode(self.autoencoder, self.clean)
             self.labels = load_labels(options.data).to(self.accelerator.device)
-            net = build_transformer(self.clean, options.width or 160)
+            net = build_transformer(self.clean, options.width or 160, options.blocks, options.patch)
         else:
             net = build_unet(channels, options.width or (32 if channels == 1 else 128))
         if options.init:
@@ -367,6 +367,8 @@ def main() -> None:
     parser.add_argument(
         "--width", type=int, help="channels of the first level (default 32 grey, 128 colour) or of a transformer (160)"
     )
+    parser.add_argument("--blocks", type=int, default=5, help="of a transformer (default 5)")
+    parser.add_argument("--patch", type=int, default=1, help="latent pixels along the side of a transformer's token (default 1)")
     parser.add_argument("--autoencoder", type=Path, help="folder of an autoencoder: train a transformer on its latents")
     parser.add_argument("--init", type=Path, help="folder of a pipeline of the same shape whose weights to start from")
     parser.add_argument("--seed", type=int, default=0)

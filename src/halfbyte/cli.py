@@ -212,12 +212,11 @@ def heal(
         str | None, typer.Option(help="talora: router: learned; split: equal parts of the timesteps.  [default: router]")
     ] = None,
     dfa: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="What an error counts: its square in the next sample: step; a factor: auto, ddpm, ddim, flow; just itself: off.  "
-            "[default: auto; quest: step]"
+            help="What an error counts: its square in the next sample: step; a factor: auto, ddpm, ddim, flow; just itself: off."
         ),
-    ] = None,
+    ] = "step",
     stages: Annotated[
         list[str] | None, typer.Option(help="quest: temporal, critical or full; may be repeated.  [default: temporal, critical]")
     ] = None,

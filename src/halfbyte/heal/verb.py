@@ -56,7 +56,7 @@ def heal(
     *,
     steps: int | None = None,
     minutes: float | None = None,
-    dfa: Literal["auto", "step", "ddpm", "ddim", "flow", "off"] | None = None,
+    dfa: Literal["step", "auto", "ddpm", "ddim", "flow", "off"] = "step",
     prompts: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -72,8 +72,7 @@ def heal(
             most sensitive layers, and all calibrated input scales.
         steps, minutes: where the run ends, the nearer of the two; neither: 1000 steps.
         dfa: what an error of the prediction counts: step: its square in the next sample, clipping included; ddpm, ddim or flow: a
-            denoising factor of that form, auto: of the one that suits the scheduler; off: nothing but itself. None: step for
-            quest, else auto.
+            denoising factor of that form, auto: of the one that suits the scheduler; off: nothing but itself.
         prompts: for text-to-image pipelines.
         output: folder for the run's state and log; `resume` continues it.
         progress: called with (what is being done, units done, units in all).
@@ -94,9 +93,8 @@ def heal(
     float_model = find_denoiser(teacher)
     check_shapes(model, float_model)
     check_tables(model)
-    form = dfa or ("step" if method == "quest" else "auto")
-    if form not in FORMS:
-        raise HealError(f"dfa must be one of {listed(FORMS)}, got {form!r}")
+    if dfa not in FORMS:
+        raise HealError(f"dfa must be one of {listed(FORMS)}, got {dfa!r}")
     if getattr(model, SIMULATED_ATTRIBUTE, None):
         raise HealError(f"this {type(model).__name__} cannot be healed: {getattr(model, SIMULATED_ATTRIBUTE)}; quantize it without")
     identity = _identity(model, teacher, prompts)
@@ -105,7 +103,7 @@ def heal(
     if any(isinstance(layer, nn.Conv2d) for layer in model.modules()):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         float_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    job = Job(model, teacher, method, settings, own, form, calls, run)
+    job = Job(model, teacher, method, settings, own, dfa, calls, run)
     return _heal_quest(job) if method == "quest" else _heal_talora(job)
 
 
