@@ -180,11 +180,11 @@ struct ScoreBias {
   int64_t image_stride = 0, head_stride = 0, query_stride = 0;
 };
 
-// Both products of attention in 8-bit integers, softmax included; runtime/attention.py says how, in the same float32 operations.
+// Both products of attention in 8-bit integers, softmax included; runtime/attention.py says how, in the same operations.
 // Rows of queries with a NaN or an infinity come out as NaN, and so does a head with one among its keys or values.
 //
-// factor: log2(e) times the scale of the scores. bias: in units of log2, or with null data. output: as many tokens as queries, as
-// many channels as values.
+// factor: of the scores, in steps of 2**(1 / 2048): 2048 log2(e) times their scale. bias: in such steps, or with null data.
+// output: as many tokens as queries, as many channels as values.
 void attend(const Run& run, int64_t images, int64_t heads, const Heads& queries, const Heads& keys, const Heads& values,
             float factor, const ScoreBias& bias, const Heads& output);
 

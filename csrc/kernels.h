@@ -76,6 +76,14 @@ struct WeightRounding {
 };
 
 constexpr int key_block = 64;  // keys that share an exponent
+constexpr int most_rows = 32;  // of a tile
+
+// Softmax in whole numbers. Scores come in steps of 2**(1 / 2048). With x steps, -10 * 2048 <= x <= 0, and u = x mod 2048,
+//   2**(u / 2048) = power / 32640, a cubic by Horner's rule, whose products with 32 * u are divided by 2**16 and rounded down;
+//   255 * 2**(x / 2048) = power / 2**(7 - floor(x / 2048)), rounded.
+// The coefficients are those of the least error, 0.514 of a code of at most 255: half of one is due to rounding it.
+constexpr int steps_of_two = 2048, least_steps = -10 * steps_of_two;
+constexpr uint16_t cubic[] = {2549, 7384, 22704, 32640};
 
 // Sums of a tile of rows with several panels, which `tile` made some blocks at a time.
 struct TileSums {
@@ -88,8 +96,8 @@ struct TileSums {
   }
 };
 
-// Some rows of queries and one block of keys: what is summed so far, and what the block adds to it. Scores s become the codes of
-// 2**(s - exponent), 255 at 0; exponents are whole numbers.
+// Some rows of queries and one block of keys: what is summed so far, and what the block adds to it. Scores s, in steps, become the
+// codes of 2**(s / 2048 - exponent), 255 at 0; exponents are whole numbers.
 struct Softening {
   int rows;
   TileSums sums;               // over channels, for 4 blocks of 16 keys

@@ -83,11 +83,12 @@ float score_of(const Quantized& query, float factor, const Quantized& key, const
 }
 
 int code_of(float x) {
-  x = std::max(x, -30.0f);
-  const float steps = std::nearbyintf(x), fraction = x - steps;
-  float power = 0x1.3b2ab6p-7f;
-  for (float next : {0x1.c6b08ep-5f, 0x1.ebfbep-3f, 0x1.62e43p-1f, 1.0f}) power = power * fraction + next;
-  return static_cast<int>(std::nearbyintf(std::ldexp(power, static_cast<int>(steps)) * 255.0f));
+  const int steps = static_cast<int>(std::max(x, static_cast<float>(least_steps)));
+  const int whole = static_cast<int>(std::floor(static_cast<float>(steps) / steps_of_two));
+  const uint32_t fraction = static_cast<uint32_t>(steps - whole * steps_of_two) * 32;
+  uint32_t power = cubic[0];
+  for (int i = 1; i < 4; i++) power = (fraction * power >> 16) + cubic[i];
+  return static_cast<int>(((power >> (6 - whole)) + 1) / 2);
 }
 
 void add_block(const Attention& call, const Head& head, const Quantized& query, const float* bias, int64_t first, Sums* sums) {
@@ -95,13 +96,13 @@ void add_block(const Attention& call, const Head& head, const Quantized& query, 
   Row scores;
   for (int64_t i = 0; i < count; i++)
     scores.push_back(score_of(query, call.factor, head.keys[first + i], bias ? bias + first + i : nullptr));
-  const float exponent = std::max(std::ceil(*std::max_element(scores.begin(), scores.end())), lowest);
+  const float exponent = std::ceil(std::max(*std::max_element(scores.begin(), scores.end()), lowest) / steps_of_two);
   const float now = first ? std::max(sums->exponent, exponent) : exponent;
   const float keep = first ? std::ldexp(1.0f, static_cast<int>(std::max(sums->exponent - now, -126.0f))) : 0.0f;
   const float weight = std::ldexp(1.0f, static_cast<int>(std::max(exponent - now, -126.0f)));
   std::vector<int> codes;
   int32_t total = 0;
-  for (float score : scores) codes.push_back(code_of(score - exponent)), total += codes.back();
+  for (float score : scores) codes.push_back(code_of(score - exponent * steps_of_two)), total += codes.back();
   for (size_t channel = 0; channel < sums->acc.size(); channel++) {
     int32_t sum = 0;
     for (int64_t i = 0; i < count; i++) sum += codes[i] * head.values[channel].integers[first + i];

@@ -1,5 +1,5 @@
 // Softmax between the two products of attention, on vectors of any width: what runtime/attention.py does, in the same float32
-// operations.
+// operations, and from scores to codes in the same whole numbers of 16 bits.
 //
 // Everything here is in an unnamed namespace: each instruction set compiles its own. Included by one file for each.
 #pragma once
@@ -10,6 +10,7 @@
 #include "floats.h"
 #include "kernels.h"
 #include "lanes.h"
+#include "shorts.h"
 
 namespace halfbyte {
 namespace {
@@ -32,27 +33,34 @@ template <int W>
 struct Softmax {
   using Floats = typename Lanes<W>::Floats;
   using Ints = typename Lanes<W>::Ints;
+  using Short = typename Shorts<W>::V;
   static constexpr int part = key_block / 4;    // keys of one byte of the codes' words
   static constexpr int vectors = key_block / W;
   static constexpr float lowest = -0x1p60f, unseen = -0x1p90f;  // scores
 
+#if defined(__AVX512F__)  // gcc sees two instructions in what is one
+  static inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+  static inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX__)
+  static inline Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+  static inline Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
   static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+  static inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+#endif
   static inline Floats all(float value) { return Floats{} + value; }
 
-  // 2 to the power of x, at most 0, in units of 1 / 255, rounded to nearest even.
-  static inline Ints code(Floats x) {
-    constexpr float whole = 0x1.8p23f;  // adding it leaves no digits below 1
-    x = larger(x, all(-30.0f));
-    const Floats shifted = x + whole, fraction = x - (shifted - whole);
-    Floats power = fraction * 0x1.3b2ab6p-7f + 0x1.c6b08ep-5f;  // ln(2)**n / n!
-    power = power * fraction + 0x1.ebfbep-3f;
-    power = power * fraction + 0x1.62e43p-1f;
-    power = power * fraction + 1.0f;
-    const Floats scaled = (Floats)((Ints)power + ((Ints)shifted << 23));
-    return (Ints)(scaled * 255.0f + whole) & 255;
+  // Codes of steps: see `cubic`.
+  static inline Short code(Short x) {
+    const Short whole = (Short)((typename Shorts<W>::Signed)x >> 11), fraction = x << 5;
+    Short power = Short{} + cubic[0];
+    for (int i = 1; i < 4; i++) power = Shorts<W>::high(fraction, power) + cubic[i];
+    return Shorts<W>::half(Shorts<W>::shift_right(power, 6 - whole));
   }
 
-  // Scores in units of log2, within 2**60, which keeps all that follows finite. sums: of the first row, for each block of keys.
+  static inline Ints steps(Floats x) { return __builtin_convertvector(larger(x, all(least_steps)), Ints); }
+
+  // Scores in steps, within 2**60, which keeps all that follows finite. sums: of the first row, for each block of keys.
   template <bool Biased>
   static inline void score(const Softening& s, int row, const int32_t* const* sums_of, Floats* scores) {
     for (int v = 0; v < vectors; v++) {
@@ -62,7 +70,7 @@ struct Softmax {
       Floats t = exact * load_lanes<Floats>(s.key_scales + key) * s.row_scales[row];
       Floats bias{};
       if (Biased) t += bias = bias_at(s, row, key);
-      const Floats low = larger(t, all(lowest)), bounded = low < -lowest ? low : all(-lowest);
+      const Floats low = larger(t, all(lowest)), bounded = smaller(low, all(-lowest));
       scores[v] = Biased ? (bias > all(-INFINITY) ? bounded : all(unseen)) : bounded;
     }
     if (s.keys == key_block) return;
@@ -87,30 +95,43 @@ struct Softmax {
     return reduce<W>(most, [](auto a, auto b) { return a > b ? a : b; });
   }
 
+  // Exponents of a block of keys, and the sums of its codes, by row.
+  struct Block {
+    float exponents[most_rows];
+    int32_t totals[most_rows];
+  };
+
   static inline float power_of_two(float exponent) {  // a whole number up to 0; 2**-126 stands for all that is less
-    const int bounded = static_cast<int>(exponent > -126.0f ? exponent : -126.0f);
-    return float_of_bits(static_cast<uint32_t>(bounded + 127) << 23);
+    const float bounded = exponent > -126.0f ? exponent : -126.0f;
+    return float_of_bits(static_cast<uint32_t>(static_cast<int>(bounded) + 127) << 23);
+  }
+
+  static inline void join(const Softening& s, const Block& block) {
+    for (int r = 0; r < s.rows; r++) {
+      const float own = block.exponents[r], before = s.first ? own : s.exponents[r], now = before > own ? before : own;
+      s.keep[r] = s.first ? 0.0f : power_of_two(before - now), s.weight[r] = power_of_two(own - now);
+      s.exponents[r] = now;
+      s.totals[r] = (s.first ? 0.0f : s.totals[r] * s.keep[r]) + static_cast<float>(block.totals[r]) * s.weight[r];
+    }
   }
 
   template <bool Biased>
-  static inline void row(const Softening& s, int row, const int32_t* const* sums) {
+  [[gnu::always_inline]] static inline void row(const Softening& s, int row, const int32_t* const* sums, Block& block) {
     Floats scores[vectors];
     score<Biased>(s, row, sums, scores);
-    const float exponent = std::ceil(largest<Biased>(scores));
-    Ints total{};
+    const float exponent = std::ceil(largest<Biased>(scores) * (1.0f / steps_of_two)), top = exponent * steps_of_two;
+    Short total{};
     for (int i = 0; i < part; i += W) {
-      Ints words{};
-      for (int byte = 0; byte < 4; byte++) {
-        const Ints codes = code(scores[(byte * part + i) / W] - exponent);
-        total += codes, words |= codes << (8 * byte);
-      }
+      Ints x[4];
+      for (int byte = 0; byte < 4; byte++) x[byte] = steps(scores[(byte * part + i) / W] - top);
+      const Short even = code((Short)((x[0] & 0xffff) | x[2] << 16)), odd = code((Short)((x[1] & 0xffff) | x[3] << 16));
+      const Short words = even | odd << 8;
+      total += even + odd;
       std::memcpy(s.codes + row * key_block + i * 4, &words, sizeof words);
     }
-    const int32_t sum = reduce<W>(total, [](auto a, auto b) { return a + b; });
-    const float before = s.first ? exponent : s.exponents[row], now = before > exponent ? before : exponent;
-    s.keep[row] = s.first ? 0.0f : power_of_two(before - now), s.weight[row] = power_of_two(exponent - now);
-    s.exponents[row] = now;
-    s.totals[row] = (s.first ? 0.0f : s.totals[row] * s.keep[row]) + static_cast<float>(sum) * s.weight[row];
+    const Ints words = ((Ints)total & 0xffff) + ((Ints)total >> 16);
+    block.totals[row] = reduce<W>(words, [](auto a, auto b) { return a + b; });
+    block.exponents[row] = exponent;
   }
 
   // A loop for each: where one holds both, the compiler no longer keeps its constants in registers.
@@ -118,7 +139,9 @@ struct Softmax {
   [[gnu::noinline]] static void rows(const Softening& s) {
     const int32_t* sums[key_block / 16];
     for (int b = 0; b < key_block / 16; b++) sums[b] = s.sums.at(0, b);
-    for (int r = 0; r < s.rows; r++) row<Biased>(s, r, sums);
+    Block block;
+    for (int r = 0; r < s.rows; r++) row<Biased>(s, r, sums, block);
+    join(s, block);
   }
 
   static inline void soften(const Softening& s) { s.bias ? rows<true>(s) : rows<false>(s); }

@@ -43,12 +43,12 @@ struct Case {
         queries(s.images, s.heads, s.queries, s.channels, dtype, by_token),
         keys(s.images, s.heads, s.keys, s.channels, dtype, by_token),
         values(s.images, s.heads, s.keys, s.value_channels, dtype, by_token),
-        factor(1.44269504f / std::sqrt(static_cast<float>(s.channels))) {
+        factor(2048 * 1.44269504f / std::sqrt(static_cast<float>(s.channels))) {
     queries.fill(spread, 0.1f), keys.fill(1, 2), values.fill(1, 0.5f);
   }
   void mask(bool each_query) {
     scores.resize(static_cast<size_t>(shape.images * (each_query ? shape.queries : 1) * shape.keys));
-    for (float& score : scores) score = uniform(0, 2) ? 0.01f * static_cast<float>(uniform(-200, 200)) : -INFINITY;
+    for (float& score : scores) score = uniform(0, 2) ? 20 * static_cast<float>(uniform(-200, 200)) : -INFINITY;
     const int64_t first = shape.keys / 3 / 64 * 64;  // whole blocks that nobody sees
     for (size_t i = 0; i < scores.size(); i++)
       if (static_cast<int64_t>(i) % shape.keys < first) scores[i] = -INFINITY;
@@ -82,7 +82,7 @@ double error_of(const Case& c) {
           double sum = 0;
           for (int64_t i = 0; i < c.shape.channels; i++)
             sum += double{c.queries.at(image, head, q, i)} * c.keys.at(image, head, k, i);
-          weights.push_back(sum * c.factor), most = std::max(most, weights.back());
+          weights.push_back(sum * c.factor / 2048), most = std::max(most, weights.back());
         }
         for (double& weight : weights) weight = std::exp2(weight - most), total += weight;
         for (int64_t i = 0; i < c.shape.value_channels; i++) {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from halfbyte.errors import PackedError
 from halfbyte.metrics import sqnr
 from halfbyte.runtime import engine
-from halfbyte.runtime.attention import attention, factor_of, reference
+from halfbyte.runtime.attention import LEAST, STEPS, _power_codes, attention, factor_of, reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = (  # images, heads, queries, keys, channels of queries and of values
@@ -54,6 +54,14 @@ def test_bit_for_bit_the_reference(shape, dtype, spread, monkeypatch):
     for isa in engine.instruction_sets():
         monkeypatch.setenv("HALFBYTE_ISA", isa)
         same(attention(*given), expected)
+
+
+def test_codes_are_powers_of_two_within_rounding():
+    steps = torch.arange(2 * LEAST, 1).float()
+    off = _power_codes(steps).double() - 255 * 2 ** (steps.double() / STEPS)
+    assert off.abs().max() < 0.52
+    assert _power_codes(steps)[-1] == 255
+    assert (_power_codes(steps).diff() >= 0).all()
 
 
 def test_any_strides(monkeypatch):

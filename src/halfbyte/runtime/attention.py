@@ -8,16 +8,16 @@ each channel's range) is taken off first, as it would take most of their codes (
 the middle of a range does not depend on the order of a sum).
 
 Keys pass in blocks of 64. With scores s in units of log2, a block has the exponent e = ceil(max s), and its weights are the codes
-round(255 * 2**(s - e)); sums over blocks are kept in units of 2**max(e), and changes of that unit lose nothing. So no maximum of
-all keys is needed, and weights that are small beside the largest of all keep their digits where their own block has no larger one
-(one scale for 4096 keys loses up to 20 dB). The sum of the codes is what the sum of the weighted values is divided by.
+round(255 * 2**(s - e)), in whole numbers: s - e in steps of 1 / 2048, cut, and a cubic in 16 bits (csrc/kernels.h). Sums over
+blocks are kept in units of 2**max(e), and changes of that unit lose nothing. So no maximum of all keys is needed, and weights that
+are small beside the largest of all keep their digits where their own block has no larger one (one scale for 4096 keys loses up to
+20 dB). The sum of the codes is what the sum of the weighted values is divided by.
 
-Everything between the exact sums is float32 in a fixed order, without fused operations, so that the C++ engine (csrc/attention.cpp)
+All else between the exact sums is float32 in a fixed order, without fused operations, so that the C++ engine (csrc/attention.cpp)
 gives the same bits on every instruction set. Here is the same in torch.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,16 +29,17 @@ from halfbyte.runtime.ops import FLOAT32_EXACT
 
 BLOCK = 64  # keys that share an exponent
 TOP = 127  # of queries, keys and values
-CODES = 255.0  # of weights
-FARTHEST = 2.0**60  # bound of scores, which keeps differences finite
+STEPS = 2048  # of a score, to a factor of 2
+LEAST = -10 * STEPS  # below it all codes are 0
+FARTHEST = 2.0**60  # bound of scores, in steps, which keeps differences finite
 LOWEST = -126.0  # exponent of the least power of two that is no subnormal
-TAYLOR = tuple(math.log(2) ** n / math.factorial(n) for n in (4, 3, 2, 1, 0))  # of 2**x
+CUBIC = (2549, 7384, 22704, 32640)  # of 128 * 255 * 2**x, 0 <= x < 1
 
 
 def factor_of(scale: float | None, channels: int) -> float:
-    """log2(e) times the scale of the scores, 1 / sqrt(channels) where it is None; rounded to float32."""
+    """Steps of log2 that 1 is as a score: of the scale, or 1 / sqrt(channels) where it is None; rounded to float32."""
     chosen = 1 / math.sqrt(channels) if scale is None else scale
-    return float(torch.tensor(chosen * math.log2(math.e), dtype=torch.float32))
+    return float(torch.tensor(chosen * math.log2(math.e) * STEPS, dtype=torch.float32))
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
@@ -56,7 +57,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
         return query.new_zeros((*query.shape[:-1], value.shape[-1]))
     factor = factor_of(scale, query.shape[-1])
     if bias is not None:
-        bias = bias.float().expand(*bias.shape[:-1], key.shape[-2]) * math.log2(math.e)
+        bias = bias.float().expand(*bias.shape[:-1], key.shape[-2]) * (math.log2(math.e) * STEPS)
     if _engine_takes(query, key, value):
         return engine.attention(query, key, value, factor, bias)  # type: ignore[no-any-return]
     return reference(query, key, value, factor, bias)
@@ -68,7 +69,7 @@ def _engine_takes(*heads: Tensor) -> bool:
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, factor: float, bias: Tensor | None = None) -> Tensor:
-    """Integer attention in plain torch; see `attention`, and `factor_of` for the factor. bias: in units of log2."""
+    """Integer attention in plain torch; see `attention`, and `factor_of` for the factor. bias: in steps."""
     dtype, query, key, value = query.dtype, query.float(), key.float(), value.float()
     key = key - (key.amax(-2, keepdim=True) + key.amin(-2, keepdim=True)) * 0.5
     good = (key.isfinite().flatten(-2).all(-1) & value.isfinite().flatten(-2).all(-1))[..., None, None]
@@ -84,8 +85,8 @@ def reference(query: Tensor, key: Tensor, value: Tensor, factor: float, bias: Te
         if bias is not None:
             scores = (scores + bias[..., part]).nan_to_num(-FARTHEST)
         scores = scores.clamp(-FARTHEST, FARTHEST)
-        own = scores.amax(-1, keepdim=True).ceil()
-        codes = _power_codes(scores - own)
+        own = (scores.amax(-1, keepdim=True) / STEPS).ceil()
+        codes = _power_codes(scores - own * STEPS)
         if bias is not None:
             codes = codes * (bias[..., part] > -math.inf)
         now = own if exponent is None else torch.maximum(exponent, own)
@@ -110,14 +111,13 @@ def _exact(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _power_codes(x: Tensor) -> Tensor:
-    """round(255 * 2**x) of x <= 0."""
-    x = x.clamp(min=-30)
-    steps = x.round()
-    fraction = x - steps
-    power: Any = TAYLOR[0]
-    for coefficient in TAYLOR[1:]:
-        power = fraction * power + coefficient
-    return (torch.ldexp(power, steps) * CODES).round()
+    """round(255 * 2**(x / 2048)) of x <= 0, float32."""
+    steps = x.clamp(min=LEAST).to(torch.int64)
+    whole, fraction = steps >> 11, (steps & 2047) << 5
+    power = torch.full_like(steps, CUBIC[0])
+    for coefficient in CUBIC[1:]:
+        power = (fraction * power >> 16) + coefficient
+    return ((power >> 6 - whole) + 1 >> 1).float()
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

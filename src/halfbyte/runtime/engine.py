@@ -117,7 +117,7 @@ def _call(
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, factor: float, bias: Tensor | None = None) -> Tensor:
-    """bias: float32, in units of log2, broadcast to the scores; its last axis is that of the keys."""
+    """bias: float32, in steps of scores, broadcast to the scores; its last axis is that of the keys."""
     given = (query, key, value)
     if any(one.ndim != 4 or one.dtype not in DTYPES for one in given) or len({one.shape[:2] for one in given}) > 1:
         shapes = ", ".join(f"{one.dtype} {tuple(one.shape)}" for one in given)
