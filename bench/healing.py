@@ -23,6 +23,7 @@ ROWS = {
     "+ DFA": Row("msfp-w4a4", {"method": "talora", "dfa": "auto", **ALONE}, "7.69"),
     "+ input scales, norms, biases": Row("msfp-w4a4", {"method": "talora", "dfa": "auto"}),
     "by the next sample": Row("msfp-w4a4", {"method": "talora"}),
+    "one LoRA, by the next sample": Row("msfp-w4a4", {"method": "lora"}),
 }
 
 if __name__ == "__main__":
