@@ -1,6 +1,6 @@
 """The ablation of MSFP's paper on the demo model: signed FP4 and one LoRA, then mixed signs, TALoRA and DFA, one after the other.
 And what halfbyte does by default beyond it: each LoRA has input scales of its own; norms and biases are learned; the loss is the
-error of the sampler's next sample.
+error of the sampler's next sample; one LoRA, unless asked for more.
 
     python bench/healing.py                              all rows, three seeds, the same number of steps each
     python bench/healing.py --steps 1500 --seeds 0 1 -o healing.json

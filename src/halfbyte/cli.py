@@ -201,8 +201,12 @@ def heal(
     teacher: Annotated[Path, typer.Option(help="The float model it was made from: a folder, or a name on the Hub.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="New folder for the healed pipeline.")],
     method: Annotated[
-        str, typer.Option(help="talora: several LoRAs a layer, chosen by timestep; lora: one; quest: few layers, and input scales.")
-    ] = "talora",
+        str,
+        typer.Option(
+            help="lora: one a layer; talora: several, chosen by timestep (each adds the size of the weights); quest: few layers, "
+            "and input scales."
+        ),
+    ] = "lora",
     minutes: Annotated[float | None, typer.Option(help="End after this much training.  [default: 15, without --steps]")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="End after these optimizer steps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped, with the same options.")] = False,

@@ -110,4 +110,4 @@ def test_runs_are_named_by_what_they_are():
         {"folder": "a/b"},
     ]
     titles = [run.title for run in parse_config({**GOOD, "runs": runs}).runs]
-    assert titles == ["quartz-w4a4", "quartz-w4a4+gptq", "quartz-w4a4+attention", "svdquant-w4a4-rank2", "quartz-w4a4+talora", "b"]
+    assert titles == ["quartz-w4a4", "quartz-w4a4+gptq", "quartz-w4a4+attention", "svdquant-w4a4-rank2", "quartz-w4a4+lora", "b"]

@@ -19,8 +19,8 @@ from halfbyte.evaluate import float_states, prediction_sqnr, sample_images
 from halfbyte.heal.student import load_student
 from halfbyte.layers import FakeQuant
 
-TINY = {"steps": 6, "batch": 4, "sampler_steps": 4, "reuse": 1.0, "rank": 4}
-FAST = ("--steps", 6, "--batch", 4, "--sampler-steps", 4, "--rank", 4)
+TINY = {"method": "talora", "steps": 6, "batch": 4, "sampler_steps": 4, "reuse": 1.0, "rank": 4}
+FAST = ("--method", "talora", "--steps", 6, "--batch", 4, "--sampler-steps", 4, "--rank", 4)
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -71,7 +71,7 @@ def test_healing_brings_the_student_closer_to_its_teacher(pipe):
 )
 def test_ablations(pipe, options):
     student = simulated(pipe)
-    result = hb.heal(student, pipe, **TINY, **options)
+    result = hb.heal(student, pipe, **{**TINY, **options})
     sets = {len(choice.unique()) for choice in result.choice.values()}
     assert sets == {"lora": {1}}.get(options.get("method"), {3} if "loras" in options else sets)
     if "loras" in options:
@@ -175,6 +175,7 @@ def test_refusals(pipe, build):
         ((student, pipe), {"share": 0.1}, "heal has no option 'share' for talora"),
         ((student, pipe), {"dfa": "flow"}, "DDIMScheduler needs denoising factors of the form 'ddpm' or 'ddim', got 'flow'"),
         ((student, pipe), {"rank": 0}, "rank must be"),
+        ((student, pipe), {"method": "lora", "loras": 2}, "lora has one LoRA a layer, got loras=2; the method talora takes"),
     ]:
         with pytest.raises(HealError) as caught:
             hb.heal(*arguments, **{**TINY, **options})
@@ -283,7 +284,7 @@ def test_bad_folders_end_in_a_sentence(monkeypatch, capsys, folders, tmp_path):
         ),
         ((quantized, "--teacher", model, "-o", tmp_path / "out", "--method", "magic"), "unknown method 'magic'"),
         ((quantized, "--teacher", model, "-o", tmp_path / "out", "--method", "quest", "--rank", 4), "no option 'rank' for quest"),
-        ((quantized, "--teacher", model, "-o", tmp_path / "out", "--share", 0.1), "no option 'share' for talora"),
+        ((quantized, "--teacher", model, "-o", tmp_path / "out", "--share", 0.1), "no option 'share' for lora"),
     ]:
         code, _, err = run(monkeypatch, capsys, "heal", *arguments)
         assert (code, words in err) == (1, True), err

@@ -49,7 +49,7 @@ class RunConfig:
         if self.name is not None:
             return self.name
         name = Path(self.folder).name if self.folder is not None else self.chosen().name
-        return name if self.heal is None else f"{name}+{self.heal.get('method', 'talora')}"
+        return name if self.heal is None else f"{name}+{self.heal.get('method', 'lora')}"
 
 
 @dataclass(frozen=True)

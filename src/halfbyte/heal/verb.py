@@ -25,7 +25,7 @@ from halfbyte.heal.talora import TALoRA
 from halfbyte.layers import QuantizedLayer
 from halfbyte.runs import digest
 
-METHODS: dict[str, type] = {"talora": LoRASettings, "lora": LoRASettings, "quest": SelectiveSettings}
+METHODS: dict[str, type] = {"lora": LoRASettings, "talora": LoRASettings, "quest": SelectiveSettings}
 STEPS = 1000  # of a run that is given no end
 LEARNING_RATES = {"talora": 2e-2, "lora": 2e-2, "quest": 5e-2}  # quantization steps that a weight may move at an optimizer step
 
@@ -52,7 +52,7 @@ class Job:
 def heal(
     student: Any,
     teacher: Any,
-    method: Literal["talora", "lora", "quest"] = "talora",
+    method: Literal["lora", "talora", "quest"] = "lora",
     *,
     steps: int | None = None,
     minutes: float | None = None,
@@ -68,8 +68,8 @@ def heal(
     Args:
         student: what `halfbyte.quantize(..., simulate=True)` left: a pipeline, or its denoiser.
         teacher: the float pipeline that the student was made from; its sampler makes the training states.
-        method: talora: several LoRAs a layer, chosen by timestep; lora: one; quest: the weights of the time embedding and of the
-            most sensitive layers, and all calibrated input scales.
+        method: lora: a LoRA a layer, melted into its weights; talora: several, chosen by timestep, of which each leaves weights of
+            its own; quest: the weights of the time embedding and of the most sensitive layers, and all calibrated input scales.
         steps, minutes: where the run ends, the nearer of the two; neither: 1000 steps.
         dfa: what an error of the prediction counts: step: its square in the next sample, clipping included; ddpm, ddim or flow: a
             denoising factor of that form, auto: of the one that suits the scheduler; off: nothing but itself.
@@ -180,8 +180,8 @@ def _settings(method: str, options: Mapping[str, Any]) -> tuple[Settings, Any]:
     if unknown:
         raise HealError(f"heal has no option {listed(unknown)} for {method}; its options are {listed(loop | own)}")
     mine = {key: value for key, value in options.items() if key in own}
-    if method == "lora":
-        mine["loras"] = 1
+    if method == "lora" and mine.setdefault("loras", 1) != 1:
+        raise HealError(f"lora has one LoRA a layer, got loras={mine['loras']}; the method talora takes several")
     rest = {key: value for key, value in options.items() if key in loop}
     return Settings(**{"learning_rate": LEARNING_RATES[method], **rest}), METHODS[method](**mine)
 
