@@ -67,8 +67,10 @@ def slow_gradients(x, scale, zero, spec, rounded, gradient):
 
 
 @every_spec
-def test_learned_rounding_has_the_same_bits_and_the_gradients_of_lsq(spec):
+@pytest.mark.parametrize("integers", [torch.int64, torch.uint8], ids=["calibrated", "packed"])
+def test_learned_rounding_has_the_same_bits_and_the_gradients_of_lsq(spec, integers):
     x, scale, zero = make(spec, 4, 2, 19)
+    zero = zero.to(integers)
     x.requires_grad_()
     scale.requires_grad_()
     rounded = round_learned(x, scale, zero, spec)

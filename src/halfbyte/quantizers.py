@@ -364,6 +364,7 @@ class _LearnedScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero = ctx.saved_tensors
+        zero = zero.to(scale.dtype)  # a packed layer's are bytes, and of those no difference is negative
         spec, size = ctx.spec, _rows_together(x)
         bottom = -spec.top if spec.two_stage and not spec.zero_point else get_grid(spec.grid).bottom
         of_x, of_scale = torch.empty_like(x), torch.empty_like(scale)

@@ -205,6 +205,21 @@ def test_the_student_of_a_folder_rounds_as_the_folder_does(folders):
                 assert (ours is None and theirs is None) or torch.equal(ours, theirs), (name, key)
 
 
+@pytest.mark.parametrize("method", ["lora", "quest"])
+def test_the_student_of_a_folder_learns_as_the_one_it_was_saved_from(folders, tmp_path, method):
+    quantized, model = folders
+    run = {**TINY, "method": method, "log_every": 1}
+    run.pop("rank")
+    teacher = api.load_float(model)
+    student = api.load_float(model)
+    hb.quantize(student, "msfp-w4a4", calibration=4, steps=4, simulate=True)
+    expected = hb.heal(student, teacher, **run)
+    found = hb.heal(load_student(quantized, teacher)[1], teacher, **run)
+    for ours, theirs in zip(found.log, expected.log, strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    assert any(layer.activation_zero is not None for layer in student.unet.modules() if isinstance(layer, FakeQuant))
+
+
 def test_smoothed_and_compensated_folders(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     quantized = api.load_float(tmp_path / "model")
