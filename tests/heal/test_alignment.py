@@ -78,6 +78,7 @@ def test_healing_brings_the_student_closer_to_its_teacher(student, pipe):
     assert result.choice == {}
     assert result.gamma.shape == (4,)
     assert result.settings["dfa"] == "step"
+    assert 0 < result.error < result.error_before
     assert result.stored_bytes == result.stored_before
     assert result.peak_bytes > 1e7
     assert [row["step"] for row in result.log] == list(range(1, 41))

@@ -57,6 +57,7 @@ def test_healing_brings_the_student_closer_to_its_teacher(pipe):
     assert result.model is student.unet
     assert [row["step"] for row in result.log] == [10, 20, 30, 40]
     assert result.settings["dfa"] == "step"
+    assert result.error > 0
     assert float(result.gamma[[0, 250, 500, 750]].mean()) == pytest.approx(1)  # the four timesteps of its trajectories
     assert set(result.choice) == {n for n, m in student.unet.named_modules() if isinstance(m, FakeQuant) and "conv_" not in n[:5]}
     assert all(choice.shape == (1000,) and choice.dtype == torch.uint8 for choice in result.choice.values())
@@ -251,6 +252,9 @@ def test_the_command_heals_a_folder(monkeypatch, capsys, folders, tmp_path):
     assert "e2m1 x2" in text or " x2 x " in text
     code, _, err = run(monkeypatch, capsys, "heal", out, "--teacher", model, "-o", tmp_path / "again", *FAST)
     assert (code, "is healed already" in err) == (1, True)
+    harmful = (*FAST, "--learning-rate", 20)
+    code, text, _ = run(monkeypatch, capsys, "heal", quantized, "--teacher", model, "-o", tmp_path / "worse", *harmful)
+    assert (code, "(NO BETTER than before" in " ".join(text.split())) == (0, True)
 
 
 def test_the_command_heals_a_folder_by_quest(monkeypatch, capsys, pipe, tmp_path):

@@ -56,11 +56,12 @@ def _summary(result: HealResult, output: Path, run: Path) -> str:
     last = result.log[-1] if result.log else {"step": 0, "seconds": 0.0, "loss": float("nan")}
     several = sum(len(choice.unique()) > 1 for choice in result.choice.values())
     chosen = f"{several} of {len(result.choice)} layers choose by timestep" if result.choice else _stages(result)
+    advice = " (NO BETTER than before: compare both models, or try a lower --learning-rate)"
     return (
-        f"{last['step']} steps in {last['seconds'] / 60:.1f} minutes, loss {result.log[0]['loss'] if result.log else 0:.5f} to "
-        f"{last['loss']:.5f}; {100 * result.share:.1f} % of the parameters trained; {chosen}; {result.stored_bytes / 1e6:.2f} MB, "
-        f"{result.stored_before / 1e6:.2f} MB before; at most {result.peak_bytes / 1e9:.1f} GB of memory. "
-        f"Written to {output}, the log to {run}"
+        f"{last['step']} steps in {last['seconds'] / 60:.1f} minutes, error at a few states {result.error_before:.4g} to "
+        f"{result.error:.4g}{'' if result.error < result.error_before else advice}. {100 * result.share:.1f} % of the parameters "
+        f"trained; {chosen}; {result.stored_bytes / 1e6:.2f} MB, {result.stored_before / 1e6:.2f} MB before; at most "
+        f"{result.peak_bytes / 1e9:.1f} GB of memory. Written to {output}, the log to {run}"
     )
 
 

@@ -24,6 +24,7 @@ class HealResult:
         share: trained parameters, over those of the float model.
         trained: of quest, by stage, the layers whose weights and whose scales were trained.
         peak_bytes: most memory the process held, on the device it trained on.
+        error, error_before: what is minimised, at a few states of one trajectory: of the student now, and as it came.
     """
 
     model: nn.Module
@@ -38,6 +39,8 @@ class HealResult:
     share: float
     trained: dict[str, dict[str, list[str]]]
     peak_bytes: int
+    error: float
+    error_before: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, for reports; choices as runs of (set, number of timesteps)."""
@@ -57,6 +60,8 @@ class HealResult:
             "share": self.share,
             "trained": self.trained,
             "peak_bytes": self.peak_bytes,
+            "error": self.error,
+            "error_before": self.error_before,
         }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from halfbyte.api import RECIPE_ATTRIBUTE
-from halfbyte.calibration import Call, find_denoiser, record_calls
+from halfbyte.calibration import Call, find_denoiser, record_calls, run_call
 from halfbyte.conversion import SIMULATED_ATTRIBUTE
 from halfbyte.errors import DivergedError, HealError, listed
 from halfbyte.heal.alignment import SelectiveSettings, align
@@ -19,7 +19,7 @@ from halfbyte.heal.objective import FORMS, Objective, objective_of
 from halfbyte.heal.result import HealResult, stored_bytes
 from halfbyte.heal.routing import LoRASettings
 from halfbyte.heal.settings import Settings
-from halfbyte.heal.states import timestep_of
+from halfbyte.heal.states import Batch, prediction, timestep_of
 from halfbyte.heal.student import check_shapes, check_tables
 from halfbyte.heal.talora import TALoRA
 from halfbyte.layers import QuantizedLayer
@@ -27,6 +27,7 @@ from halfbyte.runs import digest
 
 METHODS: dict[str, type] = {"lora": LoRASettings, "talora": LoRASettings, "quest": SelectiveSettings}
 STEPS = 1000  # of a run that is given no end
+CHECKED = 5  # states at which what was won is measured
 LEARNING_RATES = {"talora": 2e-2, "lora": 2e-2, "quest": 5e-2}  # quantization steps that a weight may move at an optimizer step
 
 
@@ -110,6 +111,7 @@ def heal(
 def _heal_talora(job: Job) -> HealResult:
     model, timesteps, before = job.model, _timesteps(job), stored_bytes(job.model)
     objective = _objective(job, timesteps)
+    error = _error(job, objective)
     talora = TALoRA(model, timesteps, job.own, objective, job.settings.seed)
     known = dict(model.named_parameters())
     trained = sum(known[name].numel() for name in talora.trained())
@@ -136,12 +138,15 @@ def _heal_talora(job: Job) -> HealResult:
         share,
         {},
         peak_memory(),
+        _error(job, objective),
+        error,
     )
 
 
 def _heal_quest(job: Job) -> HealResult:
     before, timesteps = stored_bytes(job.model), _timesteps(job)
     objective = _objective(job, timesteps)
+    error = _error(job, objective)
     done = align(job.model, job.teacher, job.settings, job.own, job.calls, objective=objective, **job.run)
     trained = {stage.name: {"weights": [*stage.weights], "scales": [*stage.scales]} for stage in done.stages}
     stored = stored_bytes(job.model)
@@ -158,12 +163,26 @@ def _heal_quest(job: Job) -> HealResult:
         done.share,
         trained,
         peak_memory(),
+        _error(job, objective),
+        error,
     )
 
 
 def _objective(job: Job, timesteps: Sequence[float]) -> Objective:
     denoiser, steps = find_denoiser(job.teacher), job.settings.sampler_steps
     return objective_of(job.dfa, job.teacher.scheduler, denoiser, steps, timesteps, job.seen)
+
+
+@torch.no_grad()
+def _error(job: Job, objective: Objective) -> float:
+    """The mean of an objective over a few states of the recorded trajectory, from its noisy to its clean end."""
+    teacher, device = find_denoiser(job.teacher), next(job.model.parameters()).device
+    found = []
+    for call, timestep in list(zip(job.calls, job.seen, strict=True))[:: -(-len(job.calls) // CHECKED)]:
+        target = prediction(run_call(teacher, call))
+        batch = Batch(call.args, call.kwargs, target, torch.full((len(target),), timestep), len(target)).to(device)
+        found.append(float(objective(prediction(run_call(job.model, call)), batch).mean()))
+    return sum(found) / len(found)
 
 
 def _used(job: Job) -> dict[str, Any]:
