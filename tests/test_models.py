@@ -12,8 +12,9 @@ MODELS = Path(__file__).parents[1] / "models"
 
 
 @pytest.mark.slow
-def test_the_transformer_draws_the_class_it_is_told():
-    pipe = DiTPipeline.from_pretrained(MODELS / "fashion-dit")
+@pytest.mark.parametrize("name", ["fashion-dit", "fashion-dit-wide"])
+def test_the_transformers_draw_the_class_they_are_told(name):
+    pipe = DiTPipeline.from_pretrained(MODELS / name)
     pipe.set_progress_bar_config(disable=True)
     labels = [index % 10 for index in range(60)]
     draw = torch.Generator().manual_seed(0)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {  # config -> page, results
     "demo": ("README.md", "docs/demo-results.json"),
     "fashion-dit": ("models/fashion-dit/README.md", "models/fashion-dit/results.json"),
+    "fashion-dit-wide": ("models/fashion-dit-wide/README.md", "models/fashion-dit-wide/results.json"),
 }
 every_page = pytest.mark.parametrize("name", PAGES)
 

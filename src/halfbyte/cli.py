@@ -234,7 +234,9 @@ def heal(
     learning_rate: Annotated[
         float | None, typer.Option(help="At its peak, in quantization steps.  [default: 0.02; quest: 0.05]")
     ] = None,
-    sampler_steps: Annotated[int, typer.Option(min=1, help="Of the teacher's trajectories.")] = 20,
+    sampler_steps: Annotated[
+        int, typer.Option(min=1, help="Of the teacher's trajectories; best as many as you will sample with.")
+    ] = 20,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train in bf16 where that is safe.")] = False,
     ema: Annotated[float | None, typer.Option(help="Decay of averaged weights, such as 0.999.")] = None,
     recompute: Annotated[bool, typer.Option("--recompute", help="Recompute activations: less memory, more time.")] = False,
