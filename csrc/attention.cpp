@@ -17,7 +17,6 @@ namespace {
 constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 constexpr int64_t tiles_of_a_task = 8;  // of queries
-
 constexpr int quads_of_codes = key_block / 4;
 
 // Where the parts of a head's keys and values lie, behind each other.
