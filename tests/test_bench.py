@@ -36,6 +36,12 @@ def test_the_contestants_take_turns():
     assert turns[-6:] == ["a", "b"] * 3
 
 
+def test_a_contestant_that_took_its_time_has_one_turn_and_one_call_before():
+    turns = []
+    timing.medians({name: lambda name=name: turns.append(name) for name in "ab"}, timing.Effort(rounds=3, most=0.0))
+    assert turns == ["a", "b", "a", "b"]
+
+
 @pytest.mark.parametrize("name", models.SUBJECTS)
 def test_every_model_can_be_built_and_called(name):
     """On the meta device: shapes only."""

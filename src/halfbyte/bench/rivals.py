@@ -37,7 +37,7 @@ def onednn_linear(layer: nn.Linear, x: Tensor) -> Contestants:
     given = torch.randint(0, 256, rows.shape, dtype=torch.uint8)
     weight, scales, zeros = _int8_weight(layer.weight)
     packed = ops.qlinear_prepack(weight, list(rows.shape))
-    arguments: Any = (1.0, 0, torch.bfloat16, "none", [], "")
+    arguments: Any = (1.0, 0, _output_type(), "none", [], "")
     return {"oneDNN int8": lambda: ops.qlinear_pointwise(given, 0.02, 128, packed, scales, zeros, layer.bias, *arguments)}
 
 
@@ -50,12 +50,17 @@ def onednn_conv(layer: nn.Conv2d, x: Tensor) -> Contestants:
     weight, scales, zeros = _int8_weight(layer.weight)
     places = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
     packed = ops.qconv_prepack(weight, scales, 0.02, 128, *places, list(x.shape))
-    arguments: Any = (*places, 1.0, 0, torch.bfloat16, "none", [], "")
+    arguments: Any = (*places, 1.0, 0, _output_type(), "none", [], "")
     return {"oneDNN int8": lambda: ops.qconv2d_pointwise(given, 0.02, 128, packed, scales, zeros, layer.bias, *arguments)}
 
 
 def _has_onednn(*names: str) -> bool:
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.onednn, name) for name in names)
+
+
+def _output_type() -> torch.dtype:
+    """bfloat16 where oneDNN has kernels for it; elsewhere its products would run in reference code, thousands of times slower."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def _int8_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
