@@ -1,5 +1,6 @@
 """Tiny, randomly initialised models of the real classes, shared by tests."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -383,3 +384,20 @@ def reference_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture
 def cpu_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield from _force(monkeypatch, "cpu")
+
+
+@pytest.fixture
+def etas(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """The argument `eta` of every call of a DDIM pipeline from now on."""
+    from diffusers import DDIMPipeline
+
+    seen: list[float | None] = []
+    plain = DDIMPipeline.__call__
+
+    @functools.wraps(plain)
+    def record(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("eta"))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(DDIMPipeline, "__call__", record)
+    return seen

@@ -9,6 +9,7 @@ from halfbyte.calibration import (
     HESSIAN_ROWS,
     RESERVOIR,
     Call,
+    Conditions,
     InputStatistics,
     collect,
     contraction_rows,
@@ -16,7 +17,7 @@ from halfbyte.calibration import (
     record_calls,
     sampler_arguments,
 )
-from halfbyte.errors import CalibrationError, NonFiniteError
+from halfbyte.errors import CalibrationError, NonFiniteError, SamplerError
 from halfbyte.layers import weight_to_matrix
 
 
@@ -132,6 +133,23 @@ def test_class_labels_are_balanced_on_a_real_pipeline():
     labels = [call.kwargs["class_labels"].tolist() for call in calls]
     assert labels == [[0, 250, 1000, 1000]] * 2 + [[500, 750, 1000, 1000]] * 2  # 1000: no class, for guidance
     assert sampler_arguments(pipe, range(2), 2, 5, 0)["output_type"] == "pt"
+    alone = record_calls(pipe, trajectories=4, steps=2, batch=2, arguments={"guidance_scale": 1.0})
+    assert [call.kwargs["class_labels"].tolist() for call in alone] == [[0, 250]] * 2 + [[500, 750]] * 2
+
+
+def test_arguments_that_a_sampler_does_not_take_are_named(pipe):
+    with pytest.raises(SamplerError, match=r"Pipe takes no argument 'height', 'width'; it takes 'batch_size', "):
+        sampler_arguments(Pipe(), range(2), 2, 5, 0, Conditions(arguments={"width": 1, "height": 1}))
+    with pytest.raises(SamplerError, match=r"DDIMPipeline does not sample with these arguments: .*list of generators"):
+        record_calls(pipe, trajectories=2, steps=1, arguments={"batch_size": 3})
+    with torch.no_grad():
+        pipe.unet.conv_in.bias.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="by a hook"):  # a ValueError too, but ours
+        record_calls(pipe, trajectories=1, steps=1, progress=lambda *_: _refuse())
+
+
+def _refuse():
+    raise NonFiniteError("found by a hook")
 
 
 def test_pipelines_without_a_denoiser_are_refused():

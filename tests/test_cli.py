@@ -87,6 +87,31 @@ def test_calibrated_recipes_from_the_command_line(monkeypatch, capsys, model, tm
     assert "halfbyte-w4a4+gptq+smooth0.5" in run(monkeypatch, capsys, "info", tmp_path / "out")[1]
 
 
+def test_the_pipelines_arguments_reach_every_command(monkeypatch, capsys, etas, model, tmp_path):
+    student, study, results = tmp_path / "out", tmp_path / "study", tmp_path / "results.json"
+    calibrate = ("--recipe", "quest-w4a4", "--calibrate", 2, "--steps", 2)
+    commands = {
+        "quantize": (model, "-o", student, *calibrate),
+        "sample": (student, "-n", 2, "--steps", 2, "-o", tmp_path / "grid.png"),
+        "heal": (student, "--teacher", model, "-o", tmp_path / "healed", "--steps", 1, "--batch", 2, "--sampler-steps", 2),
+        "sensitivity": (model, "-o", study, "--images", 1, "--steps", 1),
+        "eval": (student, "--against", model, "-o", results, "-n", 2, "--steps", 1),
+    }
+    for name, arguments in commands.items():
+        for wrong, words in (
+            (("--guidance", 2), "DDIMPipeline takes no argument 'guidance_scale'; it takes 'batch_size', 'eta'"),
+            (("--argument", "eta"), "--argument takes NAME=VALUE, such as height=512, got 'eta'"),
+            (("--argument", "eta=0.5", "--argument", "eta=1"), "eta is given twice"),
+        ):
+            code, _, err = run(monkeypatch, capsys, name, *arguments, *wrong)
+            assert (name, code) == (name, 1)
+            assert words in err
+        etas.clear()
+        code, _, err = run(monkeypatch, capsys, name, *arguments, "--argument", "eta=0.5")
+        assert (name, code) == (name, 0), err
+        assert (name, {*etas}) == (name, {0.5})
+
+
 def test_adaround_from_the_command_line(monkeypatch, capsys, model, tmp_path):
     recipe = get_recipe("qdiffusion-w4a8")
     (tmp_path / "quick.yaml").write_text(recipe.replace(reconstruction=Reconstruction(iterations=2)).to_yaml())

@@ -4,7 +4,7 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from halfbyte import checkpoint, conversion
-from halfbyte.calibration import DENOISERS, Call, InputStatistics, Progress, collect, find_denoiser, record_calls
+from halfbyte.calibration import DENOISERS, Call, Conditions, InputStatistics, Progress, collect, find_denoiser, record_calls
 from halfbyte.conversion import Result, hessian_layers, sampled_layers, specs_of
 from halfbyte.errors import CheckpointError, CorruptError, HalfbyteError, ModelError
 from halfbyte.hub import LayoutConfig, after_loading, before_loading, is_packed
@@ -42,6 +42,7 @@ def quantize(
     steps: int = 20,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Result:
     """Quantize a model in place.
 
@@ -54,17 +55,19 @@ def quantize(
         prompts: for text-to-image pipelines, the prompts to calibrate on.
         steps, seed: of the calibration's sampler.
         progress: called with (what is being done, units done, units in all).
+        arguments: of the pipeline's call while it samples to calibrate, such as guidance_scale: those you will sample with.
     Returns:
         A Result; `result.layers` accounts for every Linear and convolution layer, `print(result.table())` shows it.
     Raises:
-        RecipeError, ModelError, NonFiniteError, CalibrationError: see halfbyte.errors.
+        RecipeError, ModelError, NonFiniteError, CalibrationError, SamplerError: see halfbyte.errors.
     """
     chosen = get_recipe(recipe)
     module = _module_of(model)
     hindrance = chosen.simulated_only()
     if hindrance and not simulate:
         raise ModelError(f"recipe {chosen.name!r} cannot be packed: {hindrance}; pass simulate=True to study it")
-    calls = _calls(model, chosen, calibration, prompts, steps, seed, progress) if chosen.needs_calibration else []
+    told = Conditions(prompts, arguments or {})
+    calls = _calls(model, chosen, calibration, told, steps, seed, progress) if chosen.needs_calibration else []
     try:
         if chosen.split and calls:
             conversion.split_concatenations(module, chosen, calls[0])
@@ -96,7 +99,7 @@ def _calls(
     model: Any,
     recipe: Recipe,
     calibration: Any,
-    prompts: Sequence[str],
+    told: Conditions,
     steps: int,
     seed: int,
     progress: Callable[[str, int, int], None] | None,
@@ -107,7 +110,8 @@ def _calls(
     if isinstance(calibration, int):
         if isinstance(model, nn.Module):
             raise ModelError("a bare module has no sampler to calibrate with; pass its pipeline, or an iterable of inputs")
-        return record_calls(model, calibration, steps, seed, prompts=prompts, progress=_stage(progress, "sampling the float model"))
+        stage = _stage(progress, "sampling the float model")
+        return record_calls(model, calibration, steps, seed, prompts=told.prompts, progress=stage, arguments=told.arguments)
     if isinstance(calibration, (torch.Tensor, dict, Call)):
         raise ModelError(f"calibration is a single {type(calibration).__name__}; put the inputs of the module into a list")
     return [_as_call(entry) for entry in calibration]

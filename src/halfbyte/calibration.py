@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfbyte.errors import CalibrationError
+from halfbyte.errors import CalibrationError, HalfbyteError, SamplerError, listed
 from halfbyte.layers import TRANSPOSED, Quantizable, check_finite, input_to_rows
 from halfbyte.timestep import TimestepState
 from halfbyte.tracing import ActivationTrace
@@ -27,6 +27,14 @@ SAMPLED_ROWS = 512  # input rows (tokens or pixels) kept per layer where they ar
 HESSIAN_ROWS = 8192  # input rows (tokens or pixels) that enter a layer's Hessian, over all calls
 
 Progress = Callable[[int, int], None]  # (done, total)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a pipeline's sampler is told beside noise and steps."""
+
+    prompts: Sequence[str] = ()  # for text-to-image pipelines; used in turn
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones of its call, such as guidance_scale
 
 
 @dataclass
@@ -85,8 +93,10 @@ def record_calls(
         Calls in the order they were made.
     Raises:
         CalibrationError: when the pipeline wants prompts and none are given.
+        SamplerError: when it does not take an argument, or not with this value.
     """
     denoiser, calls, starts = find_denoiser(pipe), [], range(0, trajectories, batch)
+    told = Conditions(prompts, arguments or {})
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(Call(to_device(args, "cpu"), to_device(kwargs, "cpu")))
@@ -97,8 +107,7 @@ def record_calls(
     try:
         for start in starts:
             size = min(batch, trajectories - start)
-            known = sampler_arguments(pipe, range(start, start + size), trajectories, steps, seed, prompts)
-            pipe(**known | dict(arguments or {}))
+            run_sampler(pipe, sampler_arguments(pipe, range(start, start + size), trajectories, steps, seed, told))
     finally:
         handle.remove()
     if len(calls) <= keep:
@@ -109,13 +118,21 @@ def record_calls(
 
 
 def sampler_arguments(
-    pipe: Any, indices: Sequence[int], total: int, steps: int, seed: int, prompts: Sequence[str] = ()
+    pipe: Any, indices: Sequence[int], total: int, steps: int, seed: int, told: Conditions | None = None
 ) -> dict[str, Any]:
     """Arguments of a pipeline call that samples the images of the given indices, whatever kind of pipeline it is.
 
     Every image has a generator of its own, seeded by (seed, index): an image does not depend on the batch it is sampled in.
+
+    Raises:
+        CalibrationError: when the pipeline wants prompts and none are given.
+        SamplerError: when it has no argument of a name.
     """
     accepted = inspect.signature(pipe.__call__).parameters
+    prompts, further = (told or Conditions()).prompts, (told or Conditions()).arguments
+    unknown = set(further) - set(accepted)
+    if unknown:
+        raise SamplerError(f"{type(pipe).__name__} takes no argument {listed(unknown)}; it takes {listed(accepted)}")
     generators = [torch.Generator("cpu").manual_seed((seed * 1_000_003 + index) % 2**63) for index in indices]
     arguments: dict[str, Any] = {"num_inference_steps": steps, "generator": generators}
     if "prompt" in accepted:
@@ -129,7 +146,21 @@ def sampler_arguments(
         arguments["batch_size"] = len(indices)
     if "output_type" in accepted:
         arguments["output_type"] = "pt" if "prompt" not in accepted else "latent"
-    return arguments
+    return arguments | dict(further)
+
+
+def run_sampler(pipe: Any, call: Mapping[str, Any]) -> Any:
+    """What a pipeline returns for a call.
+
+    Raises:
+        SamplerError: for what pipelines refuse by a ValueError, such as a height that is no multiple of 8.
+    """
+    try:
+        return pipe(**call)
+    except HalfbyteError:  # some are ValueErrors too
+        raise
+    except ValueError as error:
+        raise SamplerError(f"{type(pipe).__name__} does not sample with these arguments: {error}") from error
 
 
 @dataclass

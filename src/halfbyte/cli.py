@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from halfbyte import cli_evidence, cli_sensitivity
+from halfbyte.cli_options import Arguments, Guidance, call_arguments
 from halfbyte.terminal import progress
 
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
@@ -81,6 +82,8 @@ def quantize(
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line, for calibration.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps of the calibration.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the calibration.")] = 0,
+    guidance: Guidance = None,
+    argument: Arguments = None,
     layers: Annotated[bool, typer.Option("--layers", help="Print what became of every layer.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would happen: layers, sizes, time, memory.")] = False,
@@ -114,7 +117,8 @@ def quantize(
         option = "--resume" if resume else "--dry-run" if dry_run else "--text-encoders" if text_encoders else "--vae"
         why = f"recipe {chosen.name!r} calibrates" if chosen.needs_calibration else f"{model} is not a folder"
         raise HalfbyteError(f"{option} is for folders and recipes that need no calibration; {why}")
-    _quantize_in_memory(model, output, chosen, config, calibrate, _lines(prompts), steps, seed, layers)
+    told = {"prompts": _lines(prompts), "arguments": call_arguments(guidance, argument)}
+    _quantize_in_memory(model, output, chosen, config, calibrate, told, steps, seed, layers)
 
 
 def _quantize_streaming(
@@ -164,7 +168,7 @@ def _quantize_in_memory(
     recipe: Any,
     config: Path | None,
     calibrate: int,
-    prompts: list[str],
+    told: dict[str, Any],
     steps: int,
     seed: int,
     layers: bool,
@@ -175,7 +179,7 @@ def _quantize_in_memory(
 
     with progress() as report:
         pipe = api.load_float(model, config)
-        result = api.quantize(pipe, recipe, calibrate, prompts=prompts, steps=steps, seed=seed, progress=report)
+        result = api.quantize(pipe, recipe, calibrate, **told, steps=steps, seed=seed, progress=report)
     api.save(pipe, output)
     stored, plain = stored_bytes(result.model)
     write_card(output, str(model), result.recipe, result.layers, stored, plain)
@@ -241,6 +245,8 @@ def heal(
     ema: Annotated[float | None, typer.Option(help="Decay of averaged weights, such as 0.999.")] = None,
     recompute: Annotated[bool, typer.Option("--recompute", help="Recompute activations: less memory, more time.")] = False,
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line, for text-to-image models.")] = None,
+    guidance: Guidance = None,
+    argument: Arguments = None,
     seed: Annotated[int, typer.Option(help="Seed of noise, batches and LoRAs.")] = 0,
 ) -> None:
     """Win back quality by a short fine-tune against the float model; no data needed."""
@@ -254,6 +260,7 @@ def heal(
             teacher,
             output,
             prompts=_lines(prompts),
+            arguments=call_arguments(guidance, argument),
             progress=report,
             method=method,
             minutes=15.0 if minutes is None and steps is None else minutes,
@@ -288,7 +295,10 @@ def _write_healing_page(output: Path) -> None:
         typer.echo(f"No page with pictures: {missing}")
 
 
-@app.command(epilog='Example:  halfbyte sample my-model-4bit -n 16 --steps 20 --prompt "a red bicycle" -o grid.png')
+@app.command(
+    epilog='Examples:  halfbyte sample my-model-4bit -n 16 --steps 20 --prompt "a red bicycle" -o grid.png    '
+    "halfbyte sample my-turbo-4bit --steps 1 --guidance 0 --argument height=512 --argument width=512"
+)
 def sample(
     model: Annotated[Path, typer.Argument(help="Folder of a pipeline, quantized or not.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file of the grid.")] = Path("grid.png"),
@@ -296,6 +306,8 @@ def sample(
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same images in every batch size.")] = 0,
     prompt: Annotated[list[str] | None, typer.Option(help="For text-to-image models; may be repeated.")] = None,
+    guidance: Guidance = None,
+    argument: Arguments = None,
 ) -> None:
     """Sample a grid of images."""
     from halfbyte import api
@@ -305,7 +317,8 @@ def sample(
 
     with progress() as report:
         pipe = api.load(model)
-        images = sample_images(pipe, count, steps, seed, prompts=prompt or [], progress=partial(report, "sampling"))
+        stage, arguments = partial(report, "sampling"), call_arguments(guidance, argument)
+        images = sample_images(pipe, count, steps, seed, prompts=prompt or [], progress=stage, arguments=arguments)
     write_file(output, grid_png(images, columns=max(1, round(count**0.5))))
     typer.echo(f"{count} images in {output}")
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halfbyte.cli_options import Arguments, Guidance, call_arguments
 from halfbyte.terminal import progress
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images made at a time.")] = 32,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale, where the model takes one.")] = None,
+    guidance: Guidance = None,
+    argument: Arguments = None,
     features: Annotated[str | None, typer.Option(help="Compare sets in: inception, inception:FILE, an .onnx file, demo.")] = None,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow TorchScript files, which are programs.")] = False,
     lpips: Annotated[str | None, typer.Option(help="LPIPS by alex, vgg or squeeze (needs torchvision).")] = None,
@@ -52,8 +54,7 @@ def evaluate(
     from halfbyte.evidence.tools import read_prompts
     from halfbyte.report import write_report
 
-    arguments = {} if guidance is None else {"guidance_scale": guidance}
-    sampling = Sampling(count, steps, seed, batch_size, read_prompts(prompts), arguments)
+    sampling = Sampling(count, steps, seed, batch_size, read_prompts(prompts), call_arguments(guidance, argument))
     options = EvalOptions(sampling, features, trust_code, images, image_size, lpips, clip, image_reward, name, save_images, npz)
     with progress() as report:
         results = evaluate_folder(model, against, output, options, report)

@@ -1,11 +1,11 @@
 """The command `sensitivity`. A shell over `sensitivity.py`, `budget.py` and `bench/latency.py`; `cli.py` registers it."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halfbyte.cli_options import Arguments, Guidance, call_arguments
 from halfbyte.terminal import progress
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def sensitivity(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of a step whose time is predicted: bf16 or fp32.")] = "bf16",
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    guidance: Guidance = None,
+    argument: Arguments = None,
 ) -> None:
     """Measure what quantizing each layer alone costs, and spend a budget of bits, bytes or time where it helps most.
 
@@ -51,9 +53,9 @@ def sensitivity(
     numbers = {"bits": bits, "activation-bits": activation_bits}
     limits = [Limit(most, unit) for unit, most in numbers.items() if most is not None]
     limits += [Limit.parse(text) for text in budget or ()]
-    texts = read_prompts(prompts)
-    found = _damages(model, output / "sensitivity.json", images, steps, seed, texts)
-    latency = _times(model, output / "latency.json", found, dtype, texts) if any(limit.timed for limit in limits) else None
+    told = {"prompts": read_prompts(prompts), "arguments": call_arguments(guidance, argument)}
+    found = _damages(model, output / "sensitivity.json", images, steps, seed, told)
+    latency = _times(model, output / "latency.json", found, dtype, told) if any(limit.timed for limit in limits) else None
     widths = spend(found, limits, latency) if limits else None
     if widths is not None:
         recipe = to_recipe(found, widths, "budget-" + "-".join(map(str, limits)))
@@ -65,7 +67,7 @@ def sensitivity(
         typer.echo(f"The recipe: {(output / 'recipe.yaml').resolve()}")
 
 
-def _damages(model: Path, file: Path, images: int, steps: int, seed: int, prompts: Sequence[str]) -> "Sensitivity":
+def _damages(model: Path, file: Path, images: int, steps: int, seed: int, told: dict[str, Any]) -> "Sensitivity":
     """What quantizing each layer costs: as it was measured before, or anew."""
     from halfbyte import api
     from halfbyte.sensitivity import LADDER, Sensitivity, measure
@@ -75,12 +77,12 @@ def _damages(model: Path, file: Path, images: int, steps: int, seed: int, prompt
         typer.echo(f"using the measurement in {file}; remove it to measure again")
         return found
     with progress() as report:
-        found = measure(api.load_float(model), LADDER, images, steps, seed, prompts, report)
+        found = measure(api.load_float(model), LADDER, images, steps, seed, progress=report, **told)
     found.save(file)
     return found
 
 
-def _times(model: Path, file: Path, found: "Sensitivity", dtype: str, prompts: Sequence[str]) -> "Latency":
+def _times(model: Path, file: Path, found: "Sensitivity", dtype: str, told: dict[str, Any]) -> "Latency":
     """The times of the layers: as they were measured before on this machine, or anew."""
     from halfbyte import api
     from halfbyte.bench.latency import known_latency, measure_latency
@@ -90,7 +92,7 @@ def _times(model: Path, file: Path, found: "Sensitivity", dtype: str, prompts: S
         typer.echo(f"using the times in {file}; remove it to measure again")
         return known
     with progress() as report:
-        latency = measure_latency(api.load_float(model), found.ladder, dtype, prompts, progress=report)
+        latency = measure_latency(api.load_float(model), found.ladder, dtype, progress=report, **told)
     latency.save(file)
     return latency
 

@@ -75,6 +75,10 @@ class HealError(RunError):
     """A fine-tune cannot start or go on as asked."""
 
 
+class SamplerError(RunError):
+    """A pipeline does not sample with the arguments it was given."""
+
+
 class EvaluationError(RunError):
     """An evaluation cannot start or go on as asked: its images, its extractor or its figures do not fit together."""
 

@@ -110,6 +110,7 @@ def measure(
     seed: int = 0,
     prompts: Sequence[str] = (),
     progress: Progress | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Sensitivity:
     """Quantize every layer, then every family of layers, alone, at every width.
 
@@ -117,6 +118,7 @@ def measure(
         pipe: a float diffusers pipeline.
         ladder: specs by the name of their width; their activation scales must be dynamic.
         images, steps, seed: of the trajectories whose states the predictions are compared at.
+        arguments: further ones of the pipeline's call, such as guidance_scale.
     Raises:
         ModelError: when a spec needs calibration.
     """
@@ -124,7 +126,7 @@ def measure(
         if spec.needs_calibration:
             raise ModelError(f"{width}, {spec.describe()}, needs calibration; give a spec with dynamic scales")
     denoiser = find_denoiser(pipe)
-    layers, states = quantizable_layers(denoiser), float_states(pipe, images, steps, seed, steps, prompts)
+    layers, states = quantizable_layers(denoiser), float_states(pipe, images, steps, seed, steps, prompts, arguments)
     operations, families = _operations(denoiser, layers, states), _families(denoiser, layers)
     groups = [(name, next(family for family, names in families.items() if name in names), [name]) for name in layers]
     groups += [(family, family, names) for family, names in families.items()]

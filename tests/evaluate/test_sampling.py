@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halfbyte.errors import EvaluationError
+from halfbyte.errors import EvaluationError, SamplerError
 from halfbyte.evaluate import sample_batch, sample_images
 from halfbyte.evaluate.images import FolderImages, to_pixels
 from halfbyte.evaluate.sampling import Sampling, Share, sample_folder, seconds_per_image
@@ -73,9 +73,9 @@ def test_processes_share_the_batches(pipe, whole, tmp_path, processes):
 def test_arguments_reach_the_pipeline(pipe):
     noisy = sample_batch(pipe, range(2), 2, 2, arguments={"eta": 1.0})
     assert not torch.equal(noisy, sample_batch(pipe, range(2), 2, 2))
-    with pytest.raises(EvaluationError, match=r"DDIMPipeline takes no argument 'guidance'; it takes 'batch_size', 'eta'"):
+    with pytest.raises(SamplerError, match=r"DDIMPipeline takes no argument 'guidance'; it takes 'batch_size', 'eta'"):
         sample_batch(pipe, range(2), 2, 2, arguments={"guidance": 1.0})
-    with pytest.raises(EvaluationError, match=r"DDIMPipeline does not sample with these arguments: .*list of generators"):
+    with pytest.raises(SamplerError, match=r"DDIMPipeline does not sample with these arguments: .*list of generators"):
         sample_batch(pipe, range(2), 2, 2, arguments={"batch_size": 3})
 
 

@@ -5,7 +5,7 @@ import torch
 
 import halfbyte as hb
 from halfbyte.conversion import packed_layers
-from halfbyte.errors import EvaluationError
+from halfbyte.errors import EvaluationError, SamplerError
 from halfbyte.evidence.command import make_table
 from halfbyte.evidence.config import parse_config
 from halfbyte.evidence.table import copied
@@ -60,6 +60,13 @@ def test_what_depends_on_something_else_is_made_anew(pipe, tmp_path, changes):
     assert made["runs"][1]["figures"] != plain["runs"][1]["figures"]
 
 
+def test_the_pipelines_arguments_hold_for_calibrating_and_healing_too(pipe, tmp_path, etas):
+    heal = {"recipe": "int4-w4a4", "gptq": True, "heal": {"steps": 2, "batch": 2, "sampler_steps": 2, "rank": 2}}
+    make_table(table([heal], arguments={"eta": 0.5}), tmp_path, pipe=pipe)
+    assert len(etas) > 6  # two models' images in two batches each, states, calibration, trajectories
+    assert {*etas} == {0.5}
+
+
 def test_a_model_with_other_weights_is_another_model(pipe, tmp_path):
     make_table(table(["int8-w8a8"]), tmp_path, pipe=pipe)
     with torch.no_grad():
@@ -84,13 +91,13 @@ def test_folders_and_healed_recipes_stand_beside_recipes(pipe, tmp_path):
 
 def test_what_does_not_fit_is_refused(pipe, tmp_path):
     cases = [
-        (table(["int8-w8a8"], pipeline="DiTPipeline"), "this table is for a DiTPipeline, the model is a DDIMPipeline"),
-        (table(["int8-w8a8"], sampler={"class": "Nothing"}), "diffusers has no sampler 'Nothing'"),
-        (table(["int8-w8a8"], prompts="missing.txt"), "cannot be read as a list of prompts"),
-        (table(["int8-w8a8"], arguments={"guidance": 2}), "DDIMPipeline takes no argument 'guidance'"),
+        (table(["int8-w8a8"], pipeline="DiTPipeline"), EvaluationError, "this table is for a DiTPipeline, the model is a DDIMPip"),
+        (table(["int8-w8a8"], sampler={"class": "Nothing"}), EvaluationError, "diffusers has no sampler 'Nothing'"),
+        (table(["int8-w8a8"], prompts="missing.txt"), EvaluationError, "cannot be read as a list of prompts"),
+        (table(["int8-w8a8"], arguments={"guidance": 2}), SamplerError, "DDIMPipeline takes no argument 'guidance'"),
     ]
-    for config, words in cases:
-        with pytest.raises(EvaluationError, match=words):
+    for config, error, words in cases:
+        with pytest.raises(error, match=words):
             make_table(config, tmp_path / "out", pipe=pipe)
     (tmp_path / "prompts.txt").write_text("a b\n")
     with pytest.raises(EvaluationError, match="need calibration_prompts: others than those they are judged by"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from halfbyte.calibration import Conditions
 from halfbyte.errors import HealError
 from halfbyte.heal.states import Batch, PoolSettings, StatePool, draw
 
@@ -45,6 +46,12 @@ def test_with_guidance_each_pass_is_a_row_with_its_own_answer(guided):
     with torch.no_grad():
         answer = guided.transformer(*batch.args, **batch.kwargs, return_dict=False)[0]
     torch.testing.assert_close(answer, batch.target)
+
+
+def test_the_sampler_is_told_what_the_user_will_tell_it(guided):
+    batch = StatePool(guided, SETTINGS, range(4), Conditions(arguments={"guidance_scale": 1.0})).batch(0)
+    assert (batch.samples, len(batch.target)) == (4, 4)
+    assert (batch.kwargs["class_labels"] < NO_CLASS).all()
 
 
 def test_any_split_into_lanes_gives_the_same_rows(guided):

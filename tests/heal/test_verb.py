@@ -14,7 +14,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler, 
 
 import halfbyte as hb
 from halfbyte import api, cli
-from halfbyte.errors import HealError, StoppedError
+from halfbyte.errors import HealError, SamplerError, StoppedError
 from halfbyte.evaluate import float_states, prediction_sqnr, sample_images
 from halfbyte.heal.student import load_student
 from halfbyte.layers import FakeQuant
@@ -47,6 +47,17 @@ def simulated(pipe, recipe="msfp-w4a4"):
         SIMULATED[recipe] = student.unet
     student.register_modules(unet=copy.deepcopy(SIMULATED[recipe]))
     return student
+
+
+@pytest.mark.parametrize(("method", "recipe"), [("lora", "msfp-w4a4"), ("quest", "quest-w4a4")])
+def test_every_trajectory_is_sampled_with_the_arguments_given(pipe, etas, method, recipe):
+    student = simulated(pipe, recipe)
+    etas.clear()
+    hb.heal(student, pipe, method, arguments={"eta": 0.5}, steps=2, batch=2, sampler_steps=2)
+    assert len(etas) > 2
+    assert {*etas} == {0.5}
+    with pytest.raises(SamplerError, match="DDIMPipeline takes no argument 'guidance_scale'"):
+        hb.heal(simulated(pipe, recipe), pipe, method, arguments={"guidance_scale": 2.0}, steps=2, batch=2)
 
 
 def test_healing_brings_the_student_closer_to_its_teacher(pipe):

@@ -96,7 +96,7 @@ class Judge:
         self.size, self.latency, self.study = size, latency, study
         self.states: States = float_states(pipe, min(8, size.images), size.steps, seed=1)
         self.reference: Tensor = sample_images(pipe, size.images, size.steps, seed=2)
-        model, self.call = step_of(pipe, DTYPES[DTYPE], ())
+        model, self.call = step_of(pipe, DTYPES[DTYPE])
         self.rows: list[Row] = []
         self.models: dict[str, nn.Module] = {"float": model}
 

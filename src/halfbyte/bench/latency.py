@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.bench.synthetic import packed_twin
-from halfbyte.calibration import Call, find_denoiser, record_calls
+from halfbyte.calibration import Call, Conditions, find_denoiser, record_calls
 from halfbyte.conversion import quantizable_layers
 from halfbyte.demo import environment
 from halfbyte.errors import ModelError, listed
@@ -41,6 +41,7 @@ def measure_latency(
     prompts: Sequence[str] = (),
     rounds: int = ROUNDS,
     progress: Progress | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Latency:
     """Measure every layer of a float pipeline's denoiser in steps of one image.
 
@@ -48,12 +49,13 @@ def measure_latency(
         ladder: specs by the name of their width; those that have no packed form are left out.
         dtype: of DTYPES: of activations, and of weights that stay in float.
         rounds: at most; large models get fewer.
+        arguments: further ones of the pipeline's call, such as height.
     Raises:
         ModelError: for another dtype.
     """
     if dtype not in DTYPES:
         raise ModelError(f"the dtype of a step must be one of {listed(DTYPES)}, got {dtype!r}")
-    model, call = step_of(pipe, DTYPES[dtype], prompts)
+    model, call = step_of(pipe, DTYPES[dtype], Conditions(prompts, arguments or {}))
     layers = quantizable_layers(model)
     twins = {width: _twins(layers, spec) for width, spec in ladder.items() if spec.simulated_only() is None} | {FLOAT: {}}
     calls = {name: dict(Counter(cases)) for name, cases in _calls(model, call, layers).items()}
@@ -137,10 +139,11 @@ def known_latency(file: Path, ladder: Mapping[str, LayerSpec], dtype: str) -> La
     return found if (found.dtype, found.environment, set(found.widths)) == here else None
 
 
-def step_of(pipe: Any, dtype: torch.dtype, prompts: Sequence[str]) -> tuple[nn.Module, Call]:
+def step_of(pipe: Any, dtype: torch.dtype, told: Conditions | None = None) -> tuple[nn.Module, Call]:
     """A copy of the denoiser in a dtype, convolutions channels-last, and one call of it for one image."""
     pipe.set_progress_bar_config(disable=True)
-    call = record_calls(pipe, 1, 1, prompts=prompts)[0]
+    told = told or Conditions()
+    call = record_calls(pipe, 1, 1, prompts=told.prompts, arguments=told.arguments)[0]
     model = nn.Module.to(copy.deepcopy(find_denoiser(pipe)), dtype).eval()  # that of diffusers warns on what is meant here
     if any(isinstance(layer, nn.Conv2d) for layer in model.modules()):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

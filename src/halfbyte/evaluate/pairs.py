@@ -1,6 +1,5 @@
 """Two models on the same noise: their images, their predictions and their layers."""
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from halfbyte.calibration import Call, find_denoiser, record_calls, sampler_arguments, to_device
-from halfbyte.errors import EvaluationError, listed
+from halfbyte.calibration import Call, Conditions, find_denoiser, record_calls, run_sampler, sampler_arguments, to_device
 from halfbyte.layers import QuantizedLayer
 from halfbyte.metrics import SignalToNoise
 from halfbyte.splitting import owner_of
@@ -29,13 +27,17 @@ def sample_images(
     batch: int = 32,
     prompts: Sequence[str] = (),
     progress: Progress | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Images of a pipeline; image i depends on (seed, i) alone, not on the batch it is made in.
 
     Args:
         progress: called after every denoiser call with the image-steps done and in all.
+        arguments: further ones of the pipeline's call, such as guidance_scale.
     Returns:
         float32 (count, C, H, W) in [0, 1].
+    Raises:
+        SamplerError: when the pipeline does not take an argument, or not with this value.
     """
     denoiser, made, done, share = find_denoiser(pipe), [], 0, 0
     pipe.set_progress_bar_config(disable=True)
@@ -51,7 +53,7 @@ def sample_images(
         for start in range(0, count, batch):
             indices = range(start, min(count, start + batch))
             share = len(indices)
-            made.append(sample_batch(pipe, indices, count, steps, seed, prompts))
+            made.append(sample_batch(pipe, indices, count, steps, seed, prompts, arguments))
     finally:
         handle.remove()
     return torch.cat(made)
@@ -74,17 +76,10 @@ def sample_batch(
     Returns:
         float32 (len(indices), C, H, W) in [0, 1], on the CPU.
     Raises:
-        EvaluationError: when the pipeline does not take an argument, or not with this value.
+        SamplerError: when the pipeline does not take an argument, or not with this value.
     """
-    accepted = inspect.signature(pipe.__call__).parameters
-    unknown = set(arguments or ()) - set(accepted)
-    if unknown:
-        raise EvaluationError(f"{type(pipe).__name__} takes no argument {listed(unknown)}; it takes {listed(accepted)}")
-    call = sampler_arguments(pipe, indices, total, steps, seed, prompts) | {"output_type": "pt"} | dict(arguments or {})
-    try:
-        return _as_tensor(pipe(**call).images)
-    except ValueError as error:  # what pipelines raise on arguments they check
-        raise EvaluationError(f"{type(pipe).__name__} does not sample with these arguments: {error}") from error
+    told = Conditions(prompts, {"output_type": "pt", **(arguments or {})})
+    return _as_tensor(run_sampler(pipe, sampler_arguments(pipe, indices, total, steps, seed, told)).images)
 
 
 def _as_tensor(images: Any) -> Tensor:

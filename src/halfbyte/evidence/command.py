@@ -10,7 +10,7 @@ from typing import Any
 from halfbyte import api
 from halfbyte.calibration import find_denoiser
 from halfbyte.checkpoint import read_json, write_file, write_folder
-from halfbyte.errors import EvaluationError, OutputExistsError
+from halfbyte.errors import EvaluationError, OutputExistsError, SamplerError
 from halfbyte.evaluate.images import FolderImages, write_npz
 from halfbyte.evaluate.measure import Instruments
 from halfbyte.evaluate.sampling import Sampling
@@ -75,7 +75,12 @@ def evaluate_folder(model: Path, against: Path, output: Path, options: EvalOptio
         evaluation = Evaluation(float_pipe, work / "float", options.sampling, tools, session)
         if options.reference is not None:
             evaluation.add_reference(options.reference, options.image_size)
-        rows = [evaluation.float_run()]
+        try:
+            rows = [evaluation.float_run()]
+        except SamplerError:
+            if session.main:  # the command will be given anew with other arguments, which what is there would refuse
+                shutil.rmtree(work)
+            raise
         rows.append(evaluation.run(options.name or recipe.name, pipe, work / "quantized", recipe, layers))
         session.wait()  # all have read the pictures that the first process removes below
         if not session.main:

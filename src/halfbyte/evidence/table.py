@@ -33,7 +33,8 @@ from halfbyte.runs import digest
 
 ROW = "run.json"
 MEASURING = ("torchmetrics", "torch-fidelity", "torchvision", "onnxruntime", "transformers", "pillow")
-SHELL = ("bench", "cli.py", "report", "evidence", "terminal.py", "cli_evidence.py")  # rooms that no figure depends on
+# what no figure depends on
+SHELL = ("bench", "cli.py", "report", "evidence", "terminal.py", "cli_evidence.py", "cli_options.py", "cli_sensitivity.py")
 
 
 class Table:
@@ -136,13 +137,15 @@ class Table:
             calibration,
             simulate=simulate,
             prompts=self.calibration_prompts,
+            arguments=self.config.arguments,
             steps=self.config.calibration_steps,
             seed=self.config.seed + 2,
             progress=stage,
         )
         if run.heal is not None:
             options: Any = run.heal
-            heal(student, self.pipe, prompts=self.calibration_prompts, progress=stage, **options)
+            own = self.config
+            heal(student, self.pipe, prompts=self.calibration_prompts, arguments=own.arguments, progress=stage, **options)
             if recipe.simulated_only() is None:
                 api.pack_model(find_denoiser(student), recipe)
         return student, recipe, result.layers

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from halfbyte.calibration import Call, find_denoiser
+from halfbyte.calibration import Call, Conditions, find_denoiser
 from halfbyte.errors import DivergedError, HealError, StoppedError, listed
 from halfbyte.heal.critical import Charge, charges, worst_layers
 from halfbyte.heal.distill import TICKS, Progress, distill
@@ -79,7 +79,7 @@ def align(
     calls: Sequence[Call],
     *,
     objective: Objective = Method.objective,
-    prompts: Sequence[str] = (),
+    told: Conditions | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
@@ -97,7 +97,7 @@ def align(
     layers = quantized_layers(student)
     pipe.to(PartialState().device)
     student.to(PartialState().device)
-    stages = plan(student, pipe, settings, selective, calls, prompts)
+    stages = plan(student, pipe, settings, selective, calls, told)
     share = parameters_of(student, stages) / sum(parameter.numel() for parameter in find_denoiser(pipe).parameters())
     rows: list[dict[str, Any]] = []
     with _as_it_came(student, layers):
@@ -109,7 +109,7 @@ def align(
                     pipe,
                     method,
                     _part(settings, stage, stages),
-                    prompts=prompts,
+                    told=told,
                     folder=None if folder is None else Path(folder) / stage.name,
                     resume=resume,
                     identity=identity,
@@ -151,7 +151,7 @@ def plan(
     settings: Settings,
     selective: SelectiveSettings,
     calls: Sequence[Call],
-    prompts: Sequence[str] = (),
+    told: Conditions | None = None,
 ) -> list[Stage]:
     """What each stage will train; the same in all processes.
 
@@ -161,7 +161,7 @@ def plan(
     from accelerate.utils import broadcast_object_list
 
     layers = quantized_layers(student)
-    found = _charged(student, pipe, settings, prompts)
+    found = _charged(student, pipe, settings, told)
     energy = {name: max(charge.energy, SILENT) for name, charge in found.items()}
     timed = {name for name in temporal_layers(find_denoiser(pipe), calls[len(calls) // 2], calls[0]) if name in layers}
     calibrated = {name for name, layer in layers.items() if layer.activation_scale is not None and selective.scale_rate}
@@ -188,9 +188,9 @@ def plan(
     return broadcast_object_list(stages)  # type: ignore[no-any-return]
 
 
-def _charged(student: nn.Module, pipe: Any, settings: Settings, prompts: Sequence[str]) -> dict[str, Charge]:
+def _charged(student: nn.Module, pipe: Any, settings: Settings, told: Conditions | None) -> dict[str, Charge]:
     pool = PoolSettings(CHARGED_BATCH, settings.sampler_steps, depth=1, reuse=CHARGED_BATCHES, seed=settings.seed)
-    states = StatePool(pipe, pool, range(CHARGED_BATCH), prompts)
+    states = StatePool(pipe, pool, range(CHARGED_BATCH), told)
     student.requires_grad_(False).eval()
     device = next(student.parameters()).device
     return charges(student, find_denoiser(pipe), (states.batch(step).to(device) for step in range(CHARGED_BATCHES)))

@@ -1,7 +1,6 @@
 """`halfbyte heal`: from a quantized folder to a healed one."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,7 @@ RUN_SUFFIX = ".healing"  # the run's own folder lies beside the output: log, sta
 RESULTS_FILE = "healing.json"
 
 
-def heal_folder(
-    model: Path, teacher: Path, output: Path, *, prompts: Sequence[str] = (), resume: bool = False, **options: Any
-) -> str | None:
+def heal_folder(model: Path, teacher: Path, output: Path, *, resume: bool = False, **options: Any) -> str | None:
     """Heal a quantized folder and save the result packed; OUTPUT.healing keeps log and choices.
 
     Args:
@@ -36,7 +33,7 @@ def heal_folder(
     run = run_folder(output)
     float_pipe = api.load_float(teacher)
     pipe, student = load_student(model, float_pipe)
-    result = heal(student, float_pipe, prompts=prompts, output=run, resume=resume, **options)
+    result = heal(student, float_pipe, output=run, resume=resume, **options)
     if not PartialState().is_main_process:
         return None
     pipe.register_modules(**{denoiser_name(pipe): api.pack_model(result.model)})

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.calibration import find_denoiser
+from halfbyte.calibration import Conditions, find_denoiser
 from halfbyte.errors import DivergedError, HealError, StoppedError
 from halfbyte.heal.diagnose import culprit
 from halfbyte.heal.method import Method
@@ -39,7 +39,7 @@ def distill(
     method: Method,
     settings: Settings,
     *,
-    prompts: Sequence[str] = (),
+    told: Conditions | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
@@ -50,7 +50,7 @@ def distill(
     Args:
         student: takes the arguments of the teacher's denoiser.
         pipe: the float pipeline whose denoiser is the teacher.
-        prompts: for text-to-image pipelines.
+        told: prompts and further arguments of the pipeline's call.
         folder: for the state and the log; None: nothing is written.
         resume: continue the run in that folder, if there is one.
         identity: what identifies model and recipe; a run with another one is not continued.
@@ -62,7 +62,7 @@ def distill(
         ResumeError: when the folder's run has another identity; names the field.
         StoppedError: on SIGTERM or Ctrl-C, with the state saved (only with a folder).
     """
-    return Run(student, pipe, method, settings, prompts, folder, resume, dict(identity or {}), progress).go()
+    return Run(student, pipe, method, settings, told, folder, resume, dict(identity or {}), progress).go()
 
 
 class Run:
@@ -74,7 +74,7 @@ class Run:
         pipe: Any,
         method: Method,
         settings: Settings,
-        prompts: Sequence[str],
+        told: Conditions | None,
         folder: str | os.PathLike[str] | None,
         resume: bool,
         identity: dict[str, Any],
@@ -89,7 +89,7 @@ class Run:
         self.stop = StopSignal()
         self.step, self.seconds, self.saved = 0, 0.0, 0.0
         self.sums = [0.0, 0.0, 0.0]  # of loss and gradient norm since the last row of the log, and how many steps that were
-        self._prepare(pipe, prompts)
+        self._prepare(pipe, told)
         self.kept = self.capture()
         found = None if self.folder is None else self.folder.load(self.fingerprint)
         if found is not None:
@@ -103,7 +103,7 @@ class Run:
         with self.accelerator.main_process_first():  # the others find the folder made
             return RunFolder(Path(path), resume or not self.accelerator.is_main_process)
 
-    def _prepare(self, pipe: Any, prompts: Sequence[str]) -> None:
+    def _prepare(self, pipe: Any, told: Conditions | None) -> None:
         settings, accelerator = self.settings, self.accelerator
         parts = accelerator.num_processes * settings.accumulate
         if settings.batch % parts:
@@ -136,7 +136,7 @@ class Run:
         part = share // settings.accumulate
         self.lanes = [range(start, start + part) for start in range(first, first + share, part)]
         pool = PoolSettings(settings.batch, settings.sampler_steps, settings.depth, settings.reuse, settings.seed)
-        self.pool = StatePool(pipe, pool, range(first, first + share), prompts, self._check)
+        self.pool = StatePool(pipe, pool, range(first, first + share), told, self._check)
 
     @property
     def done(self) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.calibration import Call, find_denoiser, sampler_arguments, to_device
+from halfbyte.calibration import Call, Conditions, find_denoiser, run_sampler, sampler_arguments, to_device
 from halfbyte.errors import HealError
 from halfbyte.timestep import timestep_argument
 
@@ -104,7 +104,7 @@ class StatePool:
     Args:
         pipe: the float pipeline; its denoiser is the teacher.
         lanes: those of this process.
-        prompts: for text-to-image pipelines.
+        told: prompts and further arguments of the pipeline's call.
         check: called before every denoiser call of a trajectory; may raise to stop.
     """
 
@@ -113,10 +113,10 @@ class StatePool:
         pipe: Any,
         settings: PoolSettings,
         lanes: range,
-        prompts: Sequence[str] = (),
+        told: Conditions | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.pipe, self.settings, self.lanes, self.prompts, self.check = pipe, settings, lanes, prompts, check
+        self.pipe, self.settings, self.lanes, self.told, self.check = pipe, settings, lanes, told, check
         self.denoiser = find_denoiser(pipe)
         self.timestep = timestep_argument(self.denoiser)
         self.generations: dict[int, list[State]] = {}
@@ -161,7 +161,7 @@ class StatePool:
         steps = settings.steps_of(generation)
         try:
             with torch.no_grad():
-                self.pipe(**sampler_arguments(self.pipe, indices, SPREAD, steps, settings.seed + epoch, self.prompts))
+                run_sampler(self.pipe, sampler_arguments(self.pipe, indices, SPREAD, steps, settings.seed + epoch, self.told))
         finally:
             for handle in handles:
                 handle.remove()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from halfbyte.api import RECIPE_ATTRIBUTE
-from halfbyte.calibration import Call, find_denoiser, record_calls, run_call
+from halfbyte.calibration import Call, Conditions, find_denoiser, record_calls, run_call
 from halfbyte.conversion import SIMULATED_ATTRIBUTE
 from halfbyte.errors import DivergedError, HealError, listed
 from halfbyte.heal.alignment import SelectiveSettings, align
@@ -59,6 +59,7 @@ def heal(
     minutes: float | None = None,
     dfa: Literal["step", "auto", "ddpm", "ddim", "flow", "off"] = "step",
     prompts: Sequence[str] = (),
+    arguments: Mapping[str, Any] | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -75,6 +76,7 @@ def heal(
         dfa: what an error of the prediction counts: step: its square in the next sample, clipping included; ddpm, ddim or flow: a
             denoising factor of that form, auto: of the one that suits the scheduler; off: nothing but itself.
         prompts: for text-to-image pipelines.
+        arguments: of the pipeline's call, such as guidance_scale: those you will sample with.
         output: folder for the run's state and log; `resume` continues it.
         progress: called with (what is being done, units done, units in all).
         options: fields of `halfbyte.heal.settings.Settings`, such as batch, learning_rate, seed, bf16, ema; and of the method's own
@@ -98,9 +100,10 @@ def heal(
         raise HealError(f"dfa must be one of {listed(FORMS)}, got {dfa!r}")
     if getattr(model, SIMULATED_ATTRIBUTE, None):
         raise HealError(f"this {type(model).__name__} cannot be healed: {getattr(model, SIMULATED_ATTRIBUTE)}; quantize it without")
-    identity = _identity(model, teacher, prompts)
-    run = {"prompts": prompts, "folder": output, "resume": resume, "identity": identity, "progress": progress}
-    calls = record_calls(teacher, 1, settings.sampler_steps, prompts=prompts)
+    told = Conditions(prompts, arguments or {})
+    identity = _identity(model, teacher, told)
+    run = {"told": told, "folder": output, "resume": resume, "identity": identity, "progress": progress}
+    calls = record_calls(teacher, 1, settings.sampler_steps, prompts=prompts, arguments=arguments)
     if any(isinstance(layer, nn.Conv2d) for layer in model.modules()):
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         float_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -205,14 +208,15 @@ def _settings(method: str, options: Mapping[str, Any]) -> tuple[Settings, Any]:
     return Settings(**{"learning_rate": LEARNING_RATES[method], **rest}), METHODS[method](**mine)
 
 
-def _identity(model: nn.Module, teacher: Any, prompts: Sequence[str]) -> dict[str, Any]:
+def _identity(model: nn.Module, teacher: Any, told: Conditions) -> dict[str, Any]:
     recipe = getattr(model, RECIPE_ATTRIBUTE, None)
     return {
         "recipe": None if recipe is None else recipe.to_dict(),
         "scheduler": type(teacher.scheduler).__name__,
         "teacher": digest(find_denoiser(teacher)),
         "student": digest(model),
-        "prompts": list(prompts),
+        "prompts": list(told.prompts),
+        "arguments": {name: repr(value) for name, value in told.arguments.items()},
     }
 
 
