@@ -15,7 +15,7 @@ import pytest
 
 from halfbyte.errors import CheckpointError, MissingExtraError
 from halfbyte.report import save_results, write_report
-from halfbyte.report.charts import COLOURS, PLAIN, entropy_plots, layer_plot, marker_points, timestep_plot
+from halfbyte.report.charts import COLOURS, PLAIN, entropy_plots, layer_plot, marker_points, size_plot, timestep_plot
 from halfbyte.report.figures import number as fixed
 from halfbyte.report.figures import with_interval
 from halfbyte.report.heatmap import heatmap_of
@@ -138,7 +138,7 @@ def test_pictures_and_charts_speak(page, LAYERS):
     assert sliders[0]["aria-label"] == "Draw float over quartz-w4a4"
     assert all("hidden" in slider for slider in sliders)  # the script shows them
     charts = [svg for svg in page.all("svg") if svg.get("class") == "chart"]
-    assert len(charts) == 8  # four charts, each for wide and for narrow pages
+    assert len(charts) == 10  # five charts, each for wide and for narrow pages
     assert all(svg["role"] == "img" and svg["aria-labelledby"] for svg in charts)
     levels = [svg for svg in page.all("svg") if svg.get("class") == "levels"]
     assert len(levels) == 4 * (len(LAYERS) - 1)
@@ -190,7 +190,8 @@ def test_what_was_not_measured_has_no_column(results, tmp_path):
     assert not made.all("img")
     assert "FID" not in made.prose
     assert "PSNR" not in made.prose
-    assert not [svg for svg in made.all("svg") if svg.get("class") in ("chart", "levels")]
+    drawn = [svg for svg in made.all("svg") if svg.get("class") in ("chart", "levels")]
+    assert [svg["aria-labelledby"].partition("-")[0] for svg in drawn] == ["size", "size"]  # by SQNR, which every run has
     assert "levels" not in made.prose
 
 
@@ -239,6 +240,35 @@ def test_numbers_with_three_digits(figure):
 def test_markers_and_colours_differ():
     assert len({marker_points(style) for style in range(COLOURS)}) == COLOURS
     assert len({(style % COLOURS, marker_points(style)) for style in range(COLOURS**2)}) == COLOURS**2
+
+
+def test_chart_of_sizes_has_a_point_with_its_interval_for_every_run(results):
+    runs = results["runs"][1:]
+    plot = size_plot(runs)
+    assert [(line.style, line.x[0], line.y[0]) for line in plot.series] == [
+        (style, run["bits"], run["figures"]["psnr"]["value"]) for style, run in enumerate(runs)
+    ]
+    psnr = runs[0]["figures"]["psnr"]
+    assert plot.series[0].half == [(psnr["high"] - psnr["low"]) / 2]
+    assert f"quartz-w4a4 {psnr['value']:.1f} dB at {runs[0]['bits']:.2f} bits" in plot.description
+    del runs[1]["figures"]["psnr"]
+    assert [line.style for line in size_plot(runs).series] == [0, 2, 3]
+    for run in runs:
+        run["figures"] = {}
+    by_noise = size_plot(runs)
+    assert by_noise.y_label == "SQNR, dB"
+    assert by_noise.series[0].y == [runs[0]["sqnr"]]
+    assert size_plot(runs[:2]) is None
+    for run in runs:
+        run["bits"] = 4.25
+    assert size_plot(runs) is None
+
+
+def test_layers_that_were_left_out_have_no_section(results, tmp_path):
+    assert "What became of every Linear" in write(results, tmp_path).prose
+    for run in results["runs"]:
+        run["layers"] = []
+    assert "What became of every Linear" not in write(results, tmp_path).prose
 
 
 def test_chart_of_layers_follows_the_model(results, LAYERS):

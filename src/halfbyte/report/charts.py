@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Literal, TypeAlias
 
 from halfbyte.formats import get_grid
+from halfbyte.report.figures import half_width
 from halfbyte.report.schema import Layer, Run, finite
 
 COLOURS = 8  # CSS variables --series-0 to --series-7
@@ -25,6 +26,7 @@ MARKERS = (  # corners, radius of the inner ones, turn in degrees, scale
 )
 PLAIN, PLAIN_NAME = -1, "plain INT4"  # style and name of the line that recipes are held against
 CodesKey: TypeAlias = Literal["weight_codes", "input_codes"]
+BIT_TICKS = (2, 3, 4, 5, 6, 8, 10, 12, 16)
 MAX_BLOCKS = 14  # named on the axis of layers; with more, names are cut to their first part
 
 
@@ -35,6 +37,7 @@ class Series:
     style: int  # of the run; PLAIN: no run's
     x: Sequence[float]
     y: Sequence[float]
+    half: Sequence[float] = ()  # halves of the intervals around y, where they are known
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Plot:
     series: list[Series]
     blocks: list[tuple[int, int, str]] = field(default_factory=list)  # first and last x, and the name of what lies there
     reverse: bool = False  # x falls from left to right
+    ticks: Sequence[int] = ()  # of a logarithmic x; none: x is linear
     y_label: str = "SQNR, dB"
     markers: bool = True
     about: str = ""  # how to read it, for everybody
@@ -66,6 +70,39 @@ def marker_points(style: int) -> str:
     """The same marker as the `points` of an SVG polygon, with y downwards."""
     points, scale = marker(style)
     return " ".join(f"{scale * x:.2f},{-scale * y:.2f}" for x, y in points)
+
+
+def size_plot(runs: Sequence[Run]) -> Plot | None:
+    """Nearness to the float model over stored bits a weight: PSNR where any run has it, SQNR otherwise.
+
+    None for fewer than three runs, or where all are of one size.
+
+    Args:
+        runs: the quantized ones.
+    """
+    pictured = any("psnr" in run["figures"] for run in runs)
+    label, subject = ("PSNR", "final images") if pictured else ("SQNR", "predicted noise")
+    series = []
+    for style, run in enumerate(runs):
+        figure = run["figures"].get("psnr")
+        value = run["sqnr"] if not pictured else figure["value"] if figure else None
+        if finite(value) and finite(run["bits"]):
+            half = half_width(figure) if figure and pictured else None
+            series.append(Series(style, [run["bits"]], [_number(value)], [] if half is None else [half]))
+    if len(series) < 3 or len({*(round(line.x[0], 2) for line in series)}) < 2:
+        return None
+    points = [f"{runs[line.style]['recipe']} {line.y[0]:.1f} dB at {line.x[0]:.2f} bits" for line in series]
+    return Plot(
+        "size",
+        "Quality and size",
+        f"{label} of the {subject} over stored bits a weight: {'; '.join(points)}.",
+        "stored bits a weight, scales and branches included",
+        series,
+        ticks=BIT_TICKS,
+        y_label=f"{label}, dB",
+        about=f"{label} of the {subject} against the float model's. Higher is nearer, further left is smaller; of two recipes one "
+        f"above the other the upper is better at the same size.{' Lines are 95 % intervals.' if pictured else ''}",
+    )
 
 
 def layer_plot(runs: Sequence[Run]) -> Plot | None:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.checkpoint import write_file
 from halfbyte.errors import MissingExtraError
-from halfbyte.report.charts import COLOURS, PLAIN, PLAIN_NAME, Plot, entropy_plots, layer_plot, marker_points, timestep_plot
+from halfbyte.report.charts import (
+    COLOURS,
+    PLAIN,
+    PLAIN_NAME,
+    Plot,
+    entropy_plots,
+    layer_plot,
+    marker_points,
+    size_plot,
+    timestep_plot,
+)
 from halfbyte.report.figures import KINDS, MISSING, half_width, measured
 from halfbyte.report.figures import number as fixed
 from halfbyte.report.levels import LevelDrawings
@@ -90,7 +100,7 @@ def render(results: Results, speed: "Speed | None" = None, heatmap: "Heatmap | N
     runs, script = results["runs"], SCRIPT.read_text(encoding="utf-8")
     drawings = LevelDrawings()
     levels = [(index, found) for index, run in enumerate(runs) if (found := drawings.of_run(run))]
-    plots = [layer_plot(runs[1:]), timestep_plot(runs[1:]), *entropy_plots(runs[1:])]
+    plots = [size_plot(runs[1:]), layer_plot(runs[1:]), timestep_plot(runs[1:]), *entropy_plots(runs[1:])]
     template = environment().get_template("report.html.j2")
     page: str = template.render(
         results=results,

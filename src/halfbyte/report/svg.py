@@ -82,12 +82,23 @@ def _figure(plot: Plot, width: int) -> "Figure":
         axes.plot(line.x, line.y, color=colour, linewidth=1.2, alpha=0.55 if plot.markers else 1.0)
         if not plot.markers or line.style == PLAIN:
             continue
+        if line.half:
+            low, high = ([y + sign * half for y, half in zip(line.y, line.half, strict=True)] for sign in (-1, 1))
+            axes.vlines(line.x, low, high, color=colour, linewidth=1.2)
         points, scale = marker(line.style)
         axes.plot(line.x, line.y, color=colour, linestyle="none", marker=points, markersize=scale * size, markeredgewidth=0)
     axes.set_ylabel(plot.y_label)
     axes.set_xlabel(plot.x_label)
     if plot.blocks:
         _name_blocks(axes, plot.blocks, width)
+    if plot.ticks:
+        places = [place for line in plot.series for place in line.x]
+        low, high = 0.97 * min(places), 1.03 * max(places)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(low, high)
+        axes.set_xticks([tick for tick in plot.ticks if low <= tick <= high])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     if plot.reverse:
         axes.invert_xaxis()
     return figure
