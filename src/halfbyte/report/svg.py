@@ -83,8 +83,8 @@ def _figure(plot: Plot, width: int) -> "Figure":
         if not plot.markers or line.style == PLAIN:
             continue
         if line.half:
-            low, high = ([y + sign * half for y, half in zip(line.y, line.half, strict=True)] for sign in (-1, 1))
-            axes.vlines(line.x, low, high, color=colour, linewidth=1.2)
+            bottom, top = ([y + sign * half for y, half in zip(line.y, line.half, strict=True)] for sign in (-1, 1))
+            axes.vlines(line.x, bottom, top, color=colour, linewidth=1.2)
         points, scale = marker(line.style)
         axes.plot(line.x, line.y, color=colour, linestyle="none", marker=points, markersize=scale * size, markeredgewidth=0)
     axes.set_ylabel(plot.y_label)
