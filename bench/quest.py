@@ -51,6 +51,7 @@ COMPONENTS = {
     "AdaRound, scales alone, same time": Row(UNSPLIT, {**PLAIN, "share": 0.0}, as_long_as="by the next sample"),
     "TALoRA, same time": Row("quest-w4a4", {"method": "talora", "dfa": "auto"}, as_long_as="by the next sample"),
     "all layers, by the next sample": Row("quest-w4a4", FULL, as_long_as="by the next sample"),
+    "TALoRA, by the next sample": Row("quest-w4a4", {"method": "talora"}, as_long_as="by the next sample"),
     "a LoRA a layer, by the next sample": Row("quest-w4a4", {"method": "lora"}, as_long_as="by the next sample"),
 }
 
