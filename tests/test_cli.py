@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,16 @@ def test_every_command_helps_with_an_example(monkeypatch, capsys):
         assert code in (0, None)
         assert f"halfbyte {command}" in out
         assert "Example" in out
+
+
+def test_defaults_in_words_are_shown(monkeypatch, capsys):
+    """Brackets are markup where they are not escaped, and vanish."""
+    for command, words in {
+        "heal": ("15, without --steps", "2", "16", "router", "temporal, critical", "0.07", "0.02; quest: 0.05", "the pipeline's"),
+        "eval": ("its recipe", "the pipeline's"),
+    }.items():
+        shown = re.sub(r"[│\s]+", " ", run(monkeypatch, capsys, command, "--help")[1])
+        assert [word for word in words if f"[default: {word}]" not in shown] == []
 
 
 def test_one_default_recipe_everywhere():

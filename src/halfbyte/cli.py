@@ -211,13 +211,13 @@ def heal(
             "and input scales."
         ),
     ] = "lora",
-    minutes: Annotated[float | None, typer.Option(help="End after this much training.  [default: 15, without --steps]")] = None,
+    minutes: Annotated[float | None, typer.Option(help="End after this much training.  \\[default: 15, without --steps]")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="End after these optimizer steps.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped, with the same options.")] = False,
-    loras: Annotated[int | None, typer.Option(min=1, max=255, help="talora: LoRAs a layer.  [default: 2]")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="talora, lora: rank of each LoRA.  [default: 16]")] = None,
+    loras: Annotated[int | None, typer.Option(min=1, max=255, help="talora: LoRAs a layer.  \\[default: 2]")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="talora, lora: rank of each LoRA.  \\[default: 16]")] = None,
     routing: Annotated[
-        str | None, typer.Option(help="talora: router: learned; split: equal parts of the timesteps.  [default: router]")
+        str | None, typer.Option(help="talora: router: learned; split: equal parts of the timesteps.  \\[default: router]")
     ] = None,
     dfa: Annotated[
         str,
@@ -226,17 +226,17 @@ def heal(
         ),
     ] = "step",
     stages: Annotated[
-        list[str] | None, typer.Option(help="quest: temporal, critical or full; may be repeated.  [default: temporal, critical]")
+        list[str] | None, typer.Option(help="quest: temporal, critical or full; may be repeated.  \\[default: temporal, critical]")
     ] = None,
     share: Annotated[
-        float | None, typer.Option(min=0, max=1, help="quest: most of the parameters that may be trained.  [default: 0.07]")
+        float | None, typer.Option(min=0, max=1, help="quest: most of the parameters that may be trained.  \\[default: 0.07]")
     ] = None,
-    local_weight: Annotated[float | None, typer.Option(help="quest: of the trained layers' errors.  [default: 0.2]")] = None,
-    global_weight: Annotated[float | None, typer.Option(help="quest: of the prediction's error.  [default: 2]")] = None,
+    local_weight: Annotated[float | None, typer.Option(help="quest: of the trained layers' errors.  \\[default: 0.2]")] = None,
+    global_weight: Annotated[float | None, typer.Option(help="quest: of the prediction's error.  \\[default: 2]")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples of an optimizer step, over all processes.")] = 32,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts that a process takes its share in, to save memory.")] = 1,
     learning_rate: Annotated[
-        float | None, typer.Option(help="At its peak, in quantization steps.  [default: 0.02; quest: 0.05]")
+        float | None, typer.Option(help="At its peak, in quantization steps.  \\[default: 0.02; quest: 0.05]")
     ] = None,
     sampler_steps: Annotated[
         int, typer.Option(min=1, help="Of the teacher's trajectories; best as many as you will sample with.")

@@ -41,7 +41,7 @@ def evaluate(
     lpips: Annotated[str | None, typer.Option(help="LPIPS by alex, vgg or squeeze (needs torchvision).")] = None,
     clip: Annotated[str | None, typer.Option(help="CLIP score by this model, such as openai/clip-vit-base-patch16.")] = None,
     image_reward: Annotated[bool, typer.Option("--image-reward", help="ImageReward (needs image-reward).")] = False,
-    name: Annotated[str | None, typer.Option(help="Name of the run in tables.  [default: its recipe]")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run in tables.  \\[default: its recipe]")] = None,
     save_images: Annotated[Path | None, typer.Option(help="New folder to keep both sets of images in, as PNG files.")] = None,
     npz: Annotated[bool, typer.Option("--npz", help="Keep them as .npz files, as ADM's evaluator reads.")] = False,
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale, where the model takes one.  [default: the pipeline's]")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale, where the model takes one.  \\[default: the pipeline's]")]
 Arguments = Annotated[
     list[str] | None,
     typer.Option(
