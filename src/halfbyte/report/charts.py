@@ -88,7 +88,7 @@ def size_plot(runs: Sequence[Run]) -> Plot | None:
         value = run["sqnr"] if not pictured else figure["value"] if figure else None
         if finite(value) and finite(run["bits"]):
             half = half_width(figure) if figure and pictured else None
-            series.append(Series(style, [run["bits"]], [_number(value)], [] if half is None else [half]))
+            series.append(Series(style, [run["bits"]], [_number(value)], [half] if half is not None and finite(half) else []))
     if len(series) < 3 or len({*(round(line.x[0], 2) for line in series)}) < 2:
         return None
     points = [f"{runs[line.style]['recipe']} {line.y[0]:.1f} dB at {line.x[0]:.2f} bits" for line in series]
