@@ -208,12 +208,13 @@ double avx2_rounds(int64_t rounds) {  // the narrow way: four sums of bytes, one
   for (int64_t round = 0; round < rounds; round++)
 #pragma GCC unroll 6
     for (int i = 0; i < 6; i++) {
-      __m256i small = _mm256_maddubs_epi16(x, w);
-#pragma GCC unroll 3
-      for (int q = 1; q < 4; q++) {
-        __m256i more = x;
-        __asm__("" : "+x"(more));  // or the products would be computed once
-        small = _mm256_add_epi16(small, _mm256_maddubs_epi16(more, w));
+      __m256i small = _mm256_setzero_si256();
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; q++) {
+        __m256i row = x;
+        __asm__ volatile("" : "+x"(row));  // or the products would be computed once
+        const __m256i product = _mm256_maddubs_epi16(row, w);
+        small = q ? _mm256_add_epi16(small, product) : product;
       }
       sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(small, w));
       __asm__ volatile("" : "+x"(sum[i]));
