@@ -176,6 +176,7 @@ const Kernels* avx2_kernels() {
       .soften = avx2_soften,
       .gather = avx2_gather,
       .gelu = avx2_gelu,
+      .geglu = avx2_geglu,
       .sum_pixels = avx2_sum_pixels,
       .scale_pixels = avx2_scale_pixels,
   };
@@ -194,6 +195,7 @@ const Kernels* avx2_kernels() {
       .soften = avx2_soften,
       .gather = avx2_gather,
       .gelu = avx2_gelu,
+      .geglu = avx2_geglu,
       .sum_pixels = avx2_sum_pixels,
       .scale_pixels = avx2_scale_pixels,
       .narrow = &narrow,

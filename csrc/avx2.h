@@ -15,6 +15,7 @@ void avx2_soften(const Softening& softening);
 void avx2_gather(const Gathering& gathering);
 void avx2_gelu(Dtype dtype, const char* x, int64_t count, char* y);
 void avx2_sum_pixels(const Pixels& pixels, float* sums, float* squares);
-void avx2_scale_pixels(const Pixels& pixels, const float* gain, const float* offset, char* y);
+void avx2_scale_pixels(const Pixels& pixels, const float* gain, const float* offset, bool silu, char* y);
+void avx2_geglu(Dtype dtype, const char* values, const char* gates, int64_t count, char* y);
 
 }  // namespace halfbyte

@@ -190,6 +190,7 @@ const Kernels* avx512_kernels() {
       .soften = avx512_soften,
       .gather = avx512_gather,
       .gelu = avx512_gelu,
+      .geglu = avx512_geglu,
       .sum_pixels = avx512_sum_pixels,
       .scale_pixels = avx512_scale_pixels,
   };

@@ -15,6 +15,7 @@ void avx512_soften(const Softening& softening);
 void avx512_gather(const Gathering& gathering);
 void avx512_gelu(Dtype dtype, const char* x, int64_t count, char* y);
 void avx512_sum_pixels(const Pixels& pixels, float* sums, float* squares);
-void avx512_scale_pixels(const Pixels& pixels, const float* gain, const float* offset, char* y);
+void avx512_scale_pixels(const Pixels& pixels, const float* gain, const float* offset, bool silu, char* y);
+void avx512_geglu(Dtype dtype, const char* values, const char* gates, int64_t count, char* y);
 
 }  // namespace halfbyte

@@ -61,6 +61,7 @@ const Kernels* avx_vnni_kernels() {
       .soften = avx2_soften,
       .gather = avx2_gather,
       .gelu = avx2_gelu,
+      .geglu = avx2_geglu,
       .sum_pixels = avx2_sum_pixels,
       .scale_pixels = avx2_scale_pixels,
   };

@@ -211,12 +211,19 @@ void gelu(uint64_t x, int dtype, int64_t count, uint64_t y, int threads) {
            reinterpret_cast<void*>(y));
 }
 
+void geglu(uint64_t x, int dtype, int64_t rows, int64_t width, uint64_t y, int threads) {
+  nb::gil_scoped_release unlocked;
+  hb::geglu({hb::default_isa(), threads, hb::parallel_for}, dtype_of(dtype), reinterpret_cast<const void*>(x), rows, width,
+            reinterpret_cast<void*>(y));
+}
+
 // extent: images, pixels, channels, groups; places: addresses of x, gain and offset (0: none), y
-void group_norm(int dtype, const std::array<int64_t, 4>& extent, double epsilon, const std::array<uint64_t, 4>& places, int threads) {
+void group_norm(int dtype, const std::array<int64_t, 4>& extent, double epsilon, bool silu, const std::array<uint64_t, 4>& places,
+                int threads) {
   nb::gil_scoped_release unlocked;
   hb::group_norm({hb::default_isa(), threads, hb::parallel_for},
-                 {dtype_of(dtype), extent[0], extent[1], extent[2], extent[3], epsilon, reinterpret_cast<const float*>(places[1]),
-                  reinterpret_cast<const float*>(places[2]), reinterpret_cast<const void*>(places[0]),
+                 {dtype_of(dtype), extent[0], extent[1], extent[2], extent[3], epsilon, silu,
+                  reinterpret_cast<const float*>(places[1]), reinterpret_cast<const float*>(places[2]), reinterpret_cast<const void*>(places[0]),
                   reinterpret_cast<void*>(places[3])});
 }
 
@@ -243,6 +250,7 @@ NB_MODULE(_engine, m) {
   m.def("search_scales", &search_scales);
   m.def("attend", &attend);
   m.def("gelu", &gelu);
+  m.def("geglu", &geglu);
   m.def("group_norm", &group_norm);
   m.def("round_weights", &round_weights, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("forward", &forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());

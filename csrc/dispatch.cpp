@@ -108,7 +108,7 @@ double run_rounds(Isa isa, int64_t rounds) {
 
 const Kernels scalar_kernels = {
     .range = scalar_range, .encode = scalar_encode, .finish = scalar_finish, .search = scalar_search, .round = scalar_round,
-    .gelu = scalar_gelu, .sum_pixels = scalar_sum_pixels, .scale_pixels = scalar_scale_pixels};
+    .gelu = scalar_gelu, .geglu = scalar_geglu, .sum_pixels = scalar_sum_pixels, .scale_pixels = scalar_scale_pixels};
 
 const char* isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
 

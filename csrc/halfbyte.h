@@ -193,12 +193,16 @@ void attend(const Run& run, int64_t images, int64_t heads, const Heads& queries,
 // GELU by tanh of adjacent values; runtime/pointwise.py says how, in the same float32 operations.
 void gelu(const Run& run, Dtype dtype, const void* x, int64_t count, void* y);
 
+// GEGLU: the first half of every adjacent row of 2 * width values times the exact GELU of its second half; likewise.
+void geglu(const Run& run, Dtype dtype, const void* x, int64_t rows, int64_t width, void* y);
+
 // Group norm of images with channels innermost: groups of neighbouring channels get mean 0 and variance 1, then every channel its
-// gain and offset (float32; null: 1 and 0); likewise. A group with a NaN or an infinity comes out as NaN.
+// gain and offset (float32; null: 1 and 0), and SiLU where it is asked for; likewise. A group with a NaN or an infinity comes out as NaN.
 struct GroupNorm {
   Dtype dtype = Dtype::float32;
   int64_t images = 0, pixels = 0, channels = 0, groups = 1;
   double epsilon = 1e-5;
+  bool silu = false;
   const float* gain = nullptr;
   const float* offset = nullptr;
   const void* x = nullptr;

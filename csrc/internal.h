@@ -27,7 +27,8 @@ void scalar_search(const ScaleSearch& search, uint8_t* work);
 Energy scalar_round(const WeightRounding& rounding, uint8_t* work);
 void scalar_gelu(Dtype dtype, const char* x, int64_t count, char* y);
 void scalar_sum_pixels(const Pixels& pixels, float* sums, float* squares);
-void scalar_scale_pixels(const Pixels& pixels, const float* gain, const float* offset, char* y);
+void scalar_scale_pixels(const Pixels& pixels, const float* gain, const float* offset, bool silu, char* y);
+void scalar_geglu(Dtype dtype, const char* values, const char* gates, int64_t count, char* y);
 void scalar_product(const Run& run, const Problem& problem, const Output& output);
 
 // A call of `attend`.

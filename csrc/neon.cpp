@@ -340,6 +340,7 @@ const Kernels* neon_kernels() {
       .soften = Softmax<4>::soften,
       .gather = Softmax<4>::gather,
       .gelu = Pointwise<4>::gelu,
+      .geglu = Pointwise<4>::geglu,
       .sum_pixels = Pointwise<4>::sum_pixels,
       .scale_pixels = Pointwise<4>::scale_pixels,
       .tile_zero = 128,

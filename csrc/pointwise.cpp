@@ -1,4 +1,4 @@
-// The drivers of what stands between layers: GELU and group norms.
+// The drivers of what stands between layers: GELU, GEGLU and group norms.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -25,6 +25,21 @@ struct Values {
     const Values& v = *static_cast<Values*>(raw);
     const int64_t first = index * part_values, from = first * size_of(v.dtype);
     v.kernels.gelu(v.dtype, v.x + from, std::min(part_values, v.count - first), v.y + from);
+  }
+};
+
+struct Gates {
+  const Kernels& kernels;
+  Dtype dtype;
+  const char* x;
+  int64_t rows, width, task_rows;
+  char* y;
+
+  static void geglu(void* raw, int index) {
+    const Gates& g = *static_cast<Gates*>(raw);
+    const int64_t first = index * g.task_rows, bytes = g.width * size_of(g.dtype);
+    for (int64_t row = first; row < std::min(first + g.task_rows, g.rows); row++)
+      g.kernels.geglu(g.dtype, g.x + row * 2 * bytes, g.x + (row * 2 + 1) * bytes, g.width, g.y + row * bytes);
   }
 };
 
@@ -94,7 +109,7 @@ struct Norming {
     const Norming& n = *static_cast<Norming*>(raw);
     const auto [image, first, last] = n.part(index);
     const int64_t at = image * n.call.channels;
-    n.kernels.scale_pixels(n.pixels(image, first, last), n.gains + at, n.offsets + at,
+    n.kernels.scale_pixels(n.pixels(image, first, last), n.gains + at, n.offsets + at, n.call.silu,
                            static_cast<char*>(n.call.y) + n.offset(image, first * block_pixels));
   }
 };
@@ -104,6 +119,12 @@ struct Norming {
 void gelu(const Run& run, Dtype dtype, const void* x, int64_t count, void* y) {
   Values values{kernels_of(run.isa), dtype, static_cast<const char*>(x), count, static_cast<char*>(y)};
   run.parallel(static_cast<int>(divide_up(count, part_values)), run.threads, Values::gelu, &values);
+}
+
+void geglu(const Run& run, Dtype dtype, const void* x, int64_t rows, int64_t width, void* y) {
+  const int64_t task_rows = divide_up(part_values, std::max<int64_t>(width, 1));
+  Gates gates{kernels_of(run.isa), dtype, static_cast<const char*>(x), rows, width, task_rows, static_cast<char*>(y)};
+  run.parallel(static_cast<int>(divide_up(rows, task_rows)), run.threads, Gates::geglu, &gates);
 }
 
 void group_norm(const Run& run, const GroupNorm& call) {

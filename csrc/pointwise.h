@@ -39,7 +39,7 @@ struct Pointwise {
     const Ints rest = (Ints)(bits & 0x7fffffff);
     Words found;
     if constexpr (D == Dtype::bfloat16) {
-      found = rest > 0x7f800000 ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+      found = to_bfloat16(values) >> 16;
     } else {  // floats.h says why
       const Ints small = (Ints)((Floats)rest + 0.5f) - 0x3f000000;
       const Ints normal = (rest - (112 << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
@@ -49,6 +49,47 @@ struct Pointwise {
     }
     const Halves halves = __builtin_convertvector(found, Halves);
     std::memcpy(to, &halves, sizeof halves);
+  }
+
+  // 2 W values: of bfloat16 those of even places and those of odd ones, which costs least; else one half after the other.
+  struct Two {
+    Floats a, b;
+  };
+
+  template <Dtype D>
+  static inline Two read_two(const char* from) {
+    if constexpr (D != Dtype::bfloat16) return {read<D>(from), read<D>(from + W * size_of(D))};
+    const Words pairs = load_lanes<Words>(from);
+    return {(Floats)(pairs << 16), (Floats)(pairs & 0xffff0000)};
+  }
+
+  template <Dtype D>
+  static inline void write_two(Two values, char* to) {
+    if constexpr (D != Dtype::bfloat16) return write<D>(values.a, to), write<D>(values.b, to + W * size_of(D));
+    const Words pairs = to_bfloat16(values.a) >> 16 | (to_bfloat16(values.b) & 0xffff0000);
+    std::memcpy(to, &pairs, sizeof pairs);
+  }
+
+  // Rounded in the upper halves; the lower ones are not cleared.
+  static inline Words to_bfloat16(Floats values) {
+    const Words bits = (Words)values;
+    return (Ints)(bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+  }
+
+  // Factors of 2 W channels in the order of `read_two`.
+  template <Dtype D>
+  static inline Two in_order(const float* from) {
+    Two found;
+    if constexpr (D != Dtype::bfloat16) return std::memcpy(&found, from, sizeof found), found;
+    for (int i = 0; i < W; i++) found.a[i] = from[2 * i], found.b[i] = from[2 * i + 1];
+    return found;
+  }
+
+  // Sums of 2 W channels from that order.
+  template <Dtype D>
+  static inline void out_of_order(const Two& sums, float* to) {
+    if constexpr (D != Dtype::bfloat16) return static_cast<void>(std::memcpy(to, &sums, sizeof sums));
+    for (int i = 0; i < W; i++) to[2 * i] = sums.a[i], to[2 * i + 1] = sums.b[i];
   }
 
   // Fewer than W.
@@ -69,8 +110,7 @@ struct Pointwise {
   // 2 to the power of x; infinity from 128 on.
   static inline Floats power(Floats x) {
     constexpr float whole = 0x1.8p23f;  // adding it leaves no digits below 1
-    x = x > -125.0f ? x : Floats{} - 125.0f;
-    x = x < 128.0f ? x : Floats{} + 128.0f;
+    x = smaller(larger(x, Floats{} - 125.0f), Floats{} + 128.0f);
     const Floats shifted = x + whole, fraction = x - (shifted - whole);
     Floats found = fraction * 0x1.5d87fep-10f + 0x1.3b2ab6p-7f;  // ln(2)**n / n!
     found = found * fraction + 0x1.c6b08ep-5f;
@@ -85,12 +125,51 @@ struct Pointwise {
     return x / (power(x * -0x1.26aec2p+1f * inner) + 1.0f);
   }
 
+  static inline Floats silu(Floats x) { return x / (power(x * -0x1.715476p+0f) + 1.0f); }
+
+  static inline Floats exact_gelu(Floats x) {
+    const Floats size = (Floats)((Ints)x & 0x7fffffff), part = 1.0f / (size * 0.3125f + 1.0f);
+    Floats tail = part * tail_series[0] + tail_series[1];
+    for (int i = 2; i < 6; i++) tail = tail * part + tail_series[i];
+    tail = tail * part * power(x * x * -0x1.715476p-1f);
+    return larger(x, Floats{}) - size * tail;
+  }
+
+  template <Dtype D>
+  static void geglus_of(const char* values, const char* gates, int64_t count, char* y) {
+    constexpr int64_t size = size_of(D);
+    int64_t i = 0;
+    for (; i + 2 * W <= count; i += 2 * W) {
+      const Two value = read_two<D>(values + i * size), gate = read_two<D>(gates + i * size);
+      write_two<D>({value.a * exact_gelu(gate.a), value.b * exact_gelu(gate.b)}, y + i * size);
+    }
+    for (; i < count; i += W) {
+      const int64_t some = count - i < W ? count - i : W;
+      const Floats value = read_some<D>(values + i * size, some), gate = read_some<D>(gates + i * size, some);
+      write_some<D>(value * exact_gelu(gate), some, y + i * size);
+    }
+  }
+
+  static void geglu(Dtype dtype, const char* values, const char* gates, int64_t count, char* y) {
+    switch (dtype) {
+      case Dtype::float32: return geglus_of<Dtype::float32>(values, gates, count, y);
+      case Dtype::bfloat16: return geglus_of<Dtype::bfloat16>(values, gates, count, y);
+      case Dtype::float16: return geglus_of<Dtype::float16>(values, gates, count, y);
+    }
+  }
+
   template <Dtype D>
   static void gelus_of(const char* x, int64_t count, char* y) {
     constexpr int64_t size = size_of(D);
     int64_t i = 0;
-    for (; i + W <= count; i += W) write<D>(gelu(read<D>(x + i * size)), y + i * size);
-    if (i < count) write_some<D>(gelu(read_some<D>(x + i * size, count - i)), count - i, y + i * size);
+    for (; i + 2 * W <= count; i += 2 * W) {
+      const Two value = read_two<D>(x + i * size);
+      write_two<D>({gelu(value.a), gelu(value.b)}, y + i * size);
+    }
+    for (; i < count; i += W) {
+      const int64_t some = count - i < W ? count - i : W;
+      write_some<D>(gelu(read_some<D>(x + i * size, some)), some, y + i * size);
+    }
   }
 
   static void gelu(Dtype dtype, const char* x, int64_t count, char* y) {
@@ -116,13 +195,14 @@ struct Pointwise {
     walk(
         channels,
         [&](int64_t c) {
-          Floats sum[4] = {}, square[4] = {};
+          Two sum[2] = {}, square[2] = {};
           for (int64_t p = 0; p < pixels; p++)
-            for (int v = 0; v < 4; v++) {
-              const Floats value = read<D>(x + (p * channels + c + v * W) * size);
-              sum[v] += value, square[v] += value * value;
+            for (int v = 0; v < 2; v++) {
+              const auto [a, b] = read_two<D>(x + (p * channels + c + v * 2 * W) * size);
+              sum[v].a += a, sum[v].b += b, square[v].a += a * a, square[v].b += b * b;
             }
-          std::memcpy(sums + c, sum, sizeof sum), std::memcpy(squares + c, square, sizeof square);
+          for (int v = 0; v < 2; v++)
+            out_of_order<D>(sum[v], sums + c + v * 2 * W), out_of_order<D>(square[v], squares + c + v * 2 * W);
         },
         [&](int64_t c, int64_t count) {
           Floats sum{}, square{};
@@ -135,19 +215,21 @@ struct Pointwise {
         });
   }
 
-  template <Dtype D>
+  template <Dtype D, bool Silu>
   static void scaled(const Pixels& of, const float* gain, const float* offset, char* y) {
     constexpr int64_t size = size_of(D);
     const auto [dtype, pixels, channels, x] = of;
     walk(
         channels,
         [&](int64_t c) {
-          Floats a[4], b[4];
-          std::memcpy(a, gain + c, sizeof a), std::memcpy(b, offset + c, sizeof b);
+          const Two gains[2] = {in_order<D>(gain + c), in_order<D>(gain + c + 2 * W)};
+          const Two offsets[2] = {in_order<D>(offset + c), in_order<D>(offset + c + 2 * W)};
           for (int64_t p = 0; p < pixels; p++)
-            for (int v = 0; v < 4; v++) {
-              const int64_t at = (p * channels + c + v * W) * size;
-              write<D>(read<D>(x + at) * a[v] + b[v], y + at);
+            for (int v = 0; v < 2; v++) {
+              const int64_t at = (p * channels + c + v * 2 * W) * size;
+              const Two value = read_two<D>(x + at);
+              const Floats a = value.a * gains[v].a + offsets[v].a, b = value.b * gains[v].b + offsets[v].b;
+              write_two<D>({Silu ? silu(a) : a, Silu ? silu(b) : b}, y + at);
             }
         },
         [&](int64_t c, int64_t count) {
@@ -155,7 +237,8 @@ struct Pointwise {
           const Floats b = read_some<Dtype::float32>(reinterpret_cast<const char*>(offset + c), count);
           for (int64_t p = 0; p < pixels; p++) {
             const int64_t at = (p * channels + c) * size;
-            write_some<D>(read_some<D>(x + at, count) * a + b, count, y + at);
+            const Floats scaled = read_some<D>(x + at, count) * a + b;
+            write_some<D>(Silu ? silu(scaled) : scaled, count, y + at);
           }
         });
   }
@@ -168,11 +251,11 @@ struct Pointwise {
     }
   }
 
-  static void scale_pixels(const Pixels& of, const float* gain, const float* offset, char* y) {
+  static void scale_pixels(const Pixels& of, const float* gain, const float* offset, bool silu, char* y) {
     switch (of.dtype) {
-      case Dtype::float32: return scaled<Dtype::float32>(of, gain, offset, y);
-      case Dtype::bfloat16: return scaled<Dtype::bfloat16>(of, gain, offset, y);
-      case Dtype::float16: return scaled<Dtype::float16>(of, gain, offset, y);
+      case Dtype::float32: return (silu ? scaled<Dtype::float32, true> : scaled<Dtype::float32, false>)(of, gain, offset, y);
+      case Dtype::bfloat16: return (silu ? scaled<Dtype::bfloat16, true> : scaled<Dtype::bfloat16, false>)(of, gain, offset, y);
+      case Dtype::float16: return (silu ? scaled<Dtype::float16, true> : scaled<Dtype::float16, false>)(of, gain, offset, y);
     }
   }
 };

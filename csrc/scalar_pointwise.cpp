@@ -24,6 +24,16 @@ void scalar_gelu(Dtype dtype, const char* x, int64_t count, char* y) {
   }
 }
 
+void scalar_geglu(Dtype dtype, const char* values, const char* gates, int64_t count, char* y) {
+  for (int64_t i = 0; i < count; i++) {
+    const float gate = load(gates, dtype, i), size = gate < 0 ? -gate : gate, part = 1.0f / (size * 0.3125f + 1.0f);
+    float tail = part * tail_series[0] + tail_series[1];
+    for (int j = 2; j < 6; j++) tail = tail * part + tail_series[j];
+    tail = tail * part * power(gate * gate * -0x1.715476p-1f);
+    store(y, dtype, i, load(values, dtype, i) * ((gate < 0 ? 0 : gate) - size * tail));
+  }
+}
+
 void scalar_sum_pixels(const Pixels& pixels, float* sums, float* squares) {
   for (int64_t c = 0; c < pixels.channels; c++) {
     float sum = 0, square = 0;
@@ -35,11 +45,12 @@ void scalar_sum_pixels(const Pixels& pixels, float* sums, float* squares) {
   }
 }
 
-void scalar_scale_pixels(const Pixels& pixels, const float* gain, const float* offset, char* y) {
+void scalar_scale_pixels(const Pixels& pixels, const float* gain, const float* offset, bool silu, char* y) {
   for (int64_t p = 0; p < pixels.count; p++)
     for (int64_t c = 0; c < pixels.channels; c++) {
       const int64_t at = p * pixels.channels + c;
-      store(y, pixels.dtype, at, load(pixels.x, pixels.dtype, at) * gain[c] + offset[c]);
+      const float scaled = load(pixels.x, pixels.dtype, at) * gain[c] + offset[c];
+      store(y, pixels.dtype, at, silu ? scaled / (power(scaled * -0x1.715476p+0f) + 1.0f) : scaled);
     }
 }
 

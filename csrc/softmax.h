@@ -38,16 +38,6 @@ struct Softmax {
   static constexpr int vectors = key_block / W;
   static constexpr float lowest = -0x1p60f, unseen = -0x1p90f;  // scores
 
-#if defined(__AVX512F__)  // gcc sees two instructions in what is one
-  static inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
-  static inline Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
-#elif defined(__AVX__)
-  static inline Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
-  static inline Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
-#else
-  static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-  static inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
-#endif
   static inline Floats all(float value) { return Floats{} + value; }
 
   // Codes of steps: see `cubic`.

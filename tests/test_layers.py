@@ -18,9 +18,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "halfbyte"
 ROOMS = (
     "errors", "fields", "formats", "packing", "subgroups", "recipe", "presets", "targets", "quantizers", "timestep",
     "layers", "splitting", "metrics", "tracing", "calibration", "methods", "checkpoint", "runs", "runtime", "conversion",
-    "unpacking", "hub", "diffusers_plugin", "diffusers_lora", "transformers_plugin", "api", "streaming", "comfyui", "export",
-    "evaluate", "heal", "latency", "sensitivity", "budget", "report", "demo", "evidence", "bench", "terminal", "cli_options",
-    "cli_evidence", "cli_sensitivity", "cli",
+    "unpacking", "hub", "diffusers_blocks", "diffusers_plugin", "diffusers_lora", "transformers_plugin", "api", "streaming",
+    "comfyui", "export", "evaluate", "heal", "latency", "sensitivity", "budget", "report", "demo", "evidence", "bench", "terminal",
+    "cli_options", "cli_evidence", "cli_sensitivity", "cli",
 )
 # fmt: on
 
@@ -28,7 +28,15 @@ ROOMS = (
 SHUT = {"runtime": ("calibration", "methods", "heal")}
 
 # Who may import a third party: files, or folders ending in "/", relative to src/halfbyte.
-DIFFUSERS = ("diffusers_plugin.py", "diffusers_lora.py", "api.py", "evidence/table.py", "demo/", "bench/models.py")
+DIFFUSERS = (
+    "diffusers_blocks.py",
+    "diffusers_plugin.py",
+    "diffusers_lora.py",
+    "api.py",
+    "evidence/table.py",
+    "demo/",
+    "bench/models.py",
+)
 DOORS = {
     "typer": ("cli.py", "cli_evidence.py", "cli_options.py", "cli_sensitivity.py"),
     "safetensors": ("checkpoint.py", "demo/features.py"),

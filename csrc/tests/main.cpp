@@ -23,6 +23,7 @@ void test_concurrent_callers();
 void test_attention();
 void test_refused_attention();
 void test_gelu();
+void test_geglu();
 void test_group_norms();
 
 }  // namespace halfbyte
@@ -51,6 +52,7 @@ int main(int count, char** arguments) {
                {"attention", test_attention},
                {"heads", test_refused_attention},
                {"gelu", test_gelu},
+               {"geglu", test_geglu},
                {"norms", test_group_norms}};
   for (const auto& test : tests) {
     if (count > 1 && std::string(arguments[1]) != test.name) continue;

@@ -25,6 +25,12 @@ std::vector<uint8_t> gelus(Isa isa, int threads, Some& x, int64_t count) {
   return y;
 }
 
+std::vector<uint8_t> geglus(Isa isa, int threads, Some& x, int64_t rows, int64_t width) {
+  std::vector<uint8_t> y(static_cast<size_t>(rows * width * size_of(x.dtype)) + 1, 0xaa);
+  geglu({isa, threads, parallel_for}, x.dtype, x.data(), rows, width, y.data() + 1);
+  return y;
+}
+
 std::vector<uint8_t> normed(Isa isa, int threads, GroupNorm call) {
   std::vector<uint8_t> y(static_cast<size_t>(call.images * call.pixels * call.channels * size_of(call.dtype)) + 1, 0xaa);
   call.y = y.data() + 1;
@@ -49,7 +55,7 @@ double error_of(GroupNorm call, Some& x) {
       each([&](int64_t at, int64_t) { square += std::pow(load(x.data(), call.dtype, at) - mean, 2); });
       each([&](int64_t at, int64_t c) {
         const double plain = (load(x.data(), call.dtype, at) - mean) / std::sqrt(square / count + call.epsilon);
-        const double exact = plain * call.gain[c] + call.offset[c];
+        const double affine = plain * call.gain[c] + call.offset[c], exact = call.silu ? affine / (1 + std::exp(-affine)) : affine;
         noise += std::pow(load(found.data() + 1, call.dtype, at) - exact, 2), signal += exact * exact;
       });
     }
@@ -77,11 +83,31 @@ void test_gelu() {
   }
 }
 
+void test_geglu() {
+  for (Dtype dtype : dtypes)
+    for (float spread : {0.0f, 1.0f, 8.0f, 1000.0f})
+      for (int64_t width : {0, 1, 7, 16, 33, 1280})
+        for (int64_t rows : {0, 1, 40}) {
+          Some x(dtype, rows * width * 2, spread);
+          if (width == 33 && rows)
+            for (float odd : {std::nanf(""), INFINITY, -INFINITY, -0.0f, 1e-40f, -88.5f}) store(x.data(), dtype, uniform(0, 65), odd);
+          const std::vector<uint8_t> expected = geglus(Isa::scalar, 1, x, rows, width);
+          for (Isa isa : fast_isas()) check(geglus(isa, 2, x, rows, width) == expected, std::string("GEGLU on ") + isa_name(isa));
+        }
+  for (int i = -1300; i <= 1300; i++) {
+    const float x[] = {3.0f, static_cast<float>(i) / 100};
+    float y;
+    geglu({Isa::scalar, 1, parallel_for}, Dtype::float32, x, 1, 1, &y);
+    const double exact = 3 * 0.5 * x[1] * std::erfc(-x[1] / std::sqrt(2.0));
+    check(std::fabs(y - exact) <= 1.2e-5 * std::fabs(exact) + 1e-30, "GEGLU of " + std::to_string(x[1]));
+  }
+}
+
 void test_group_norms() {
   for (Dtype dtype : dtypes)
     for (int trial = 0; trial < 60; trial++) {
       const int64_t groups = uniform(1, 5), width = uniform(1, trial % 3 ? 40 : 3);
-      GroupNorm call{dtype, uniform(1, 3), uniform(1, 300), groups * width, groups, 1e-5};
+      GroupNorm call{dtype, uniform(1, 3), uniform(1, 300), groups * width, groups, 1e-5, trial % 2 == 1};
       const int64_t count = call.images * call.pixels * call.channels;
       Some x(dtype, count, trial % 4 ? 2.0f : 0.0f);
       if (trial % 5 == 4) store(x.data(), dtype, uniform(0, count - 1), trial % 2 ? std::nanf("") : INFINITY);

@@ -7,17 +7,16 @@ halfbyte` arranges that it is imported as soon as diffusers is, before or after 
 from typing import Any
 
 import torch
-from diffusers.models import activations
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from torch import Tensor, nn
+from torch import nn
 
 from halfbyte.checkpoint import METHOD
+from halfbyte.diffusers_blocks import ENGINE_BLOCKS
 from halfbyte.hub import LayoutConfig, after_loading, before_loading, quantize_loaded, refuse_calibration
 from halfbyte.recipe import Recipe
-from halfbyte.runtime.between import STAND_INS, takes
-from halfbyte.runtime.pointwise import gelu
+from halfbyte.runtime.between import STAND_INS
 from halfbyte.unpacking import unpack_layers
 
 
@@ -91,16 +90,6 @@ def run_channels_last(model: nn.Module) -> None:
             nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-class EngineGELU(activations.GELU):
-    """A feed-forward's first layer and GELU, the latter by the engine."""
-
-    def gelu(self, gate: Tensor) -> Tensor:
-        return gelu(gate) if takes(gate) and self.approximate == "tanh" else super().gelu(gate)
-
-
-STAND_INS[activations.GELU] = EngineGELU
-
-
 def is_diffusers_model(model: nn.Module) -> bool:
     """Whether a module is a diffusers model, one that can save and load itself."""
     from diffusers import ModelMixin
@@ -108,5 +97,6 @@ def is_diffusers_model(model: nn.Module) -> bool:
     return isinstance(model, ModelMixin)
 
 
+STAND_INS |= ENGINE_BLOCKS
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HalfbyteConfig
 AUTO_QUANTIZER_MAPPING[METHOD] = HalfbyteQuantizer

@@ -1,4 +1,4 @@
-"""GELU and group norms between layers: the engine gives the bits of the reference, and the reference is near to torch's."""
+"""GELU, GEGLU and group norms between layers: the engine gives the bits of the reference, and the reference is near to torch's."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from halfbyte.errors import PackedError
 from halfbyte.runtime import engine
-from halfbyte.runtime.pointwise import gelu, gelus, group_norm, normed
+from halfbyte.runtime.pointwise import exact_gelus, geglu, gelu, gelus, group_norm, normed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ODD = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-40, -88.5, 3e38])
@@ -59,6 +59,26 @@ def test_gelu_is_near_to_torch(dtype):
     assert ((gelu(x).double() - exact).abs() <= limit).all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (1, 2), (7, 62), (2, 3, 64), (5, 4000)], ids=str)
+def test_geglu_bit_for_bit(dtype, shape, monkeypatch):
+    x = values(shape, dtype, spread=5.0)
+    x.view(-1)[: len(ODD)] = ODD[: x.numel()].to(dtype)
+    part, gate = x.float().chunk(2, -1)
+    expected = (part * exact_gelus(gate)).to(dtype)
+    for isa in engine.instruction_sets():
+        monkeypatch.setenv("HALFBYTE_ISA", isa)
+        same(geglu(x), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_geglu_is_near_to_torch(dtype):
+    gate = torch.linspace(-12, 12, 4001).to(dtype)
+    exact = F.gelu(gate.double())
+    limit = exact.abs() * max(1.5e-5, torch.finfo(dtype).eps) + 1e-7
+    assert ((geglu(torch.stack([torch.ones_like(gate), gate], -1))[:, 0].double() - exact).abs() <= limit).all()
+
+
 def test_gelu_of_any_layout():
     x = values((4, 6, 8, 10), torch.bfloat16)
     expected = gelus(x.float()).bfloat16()
@@ -72,16 +92,18 @@ def test_gelu_of_any_layout():
 @pytest.mark.parametrize(("shape", "groups"), NORMS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("affine", [False, True])
-def test_norms_bit_for_bit(shape, groups, dtype, affine, monkeypatch):
+@pytest.mark.parametrize("silu", [False, True])
+def test_norms_bit_for_bit(shape, groups, dtype, affine, silu, monkeypatch):
     x = images(shape, dtype)
     weight, bias = (values(shape[1:2], torch.float32, seed=seed).to(dtype) if affine else None for seed in (1, 2))
-    expected = normed(x, groups, weight, bias, 1e-5)
+    expected = normed(x, groups, weight, bias, 1e-5, silu)
     for isa in engine.instruction_sets():
         monkeypatch.setenv("HALFBYTE_ISA", isa)
-        same(group_norm(x, groups, weight, bias, 1e-5), expected)
+        same(group_norm(x, groups, weight, bias, 1e-5, silu), expected)
     if x.numel() == 2:
         return  # torch refuses a value a channel
     exact = F.group_norm(x.float(), groups, *(None if one is None else one.float() for one in (weight, bias)), 1e-5)
+    exact = F.silu(exact) if silu else exact
     torch.testing.assert_close(expected.float(), exact, atol=1e-4, rtol=2 * torch.finfo(dtype).eps + 1e-5)
 
 
@@ -118,12 +140,15 @@ def test_torch_keeps_what_it_does_well():
     large, planar = images((1, 8, 32, 32), torch.bfloat16), values((2, 8, 5, 5), torch.bfloat16)
     for x in (large, planar):
         assert torch.equal(group_norm(x, 4, None, None, 1e-5), F.group_norm(x, 4))
+    assert torch.equal(group_norm(planar, 4, None, None, 1e-5, True), F.silu(F.group_norm(planar, 4)))
 
 
 def test_refusals():
     x = images((2, 8, 5, 5), torch.bfloat16)
     with pytest.raises(PackedError, match=r"takes floats, got torch\.int32"):
         engine.gelu(torch.ones(3, dtype=torch.int32))
+    with pytest.raises(PackedError, match=r"takes floats \(..., 2 C\), got torch.float32 \(2, 3\)"):
+        engine.geglu(torch.ones(2, 3))
     with pytest.raises(PackedError, match="channels innermost"):
         engine.group_norm(x.contiguous(), 4, None, None, 1e-5)
     with pytest.raises(PackedError, match="8 channels takes as many"):
@@ -135,4 +160,6 @@ def test_refusals():
 def test_operators_are_registered_as_torch_wants():
     x = images((2, 8, 5, 5), torch.bfloat16)
     torch.library.opcheck(engine.gelu, (x,))
+    torch.library.opcheck(engine.geglu, (values((3, 8), torch.bfloat16),))
     torch.library.opcheck(engine.group_norm, (x, 4, torch.ones(8), None, 1e-5))
+    torch.library.opcheck(engine.group_norm, (x, 4, None, None, 1e-5, True))

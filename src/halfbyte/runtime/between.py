@@ -6,6 +6,7 @@ the very same images.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte.runtime.pointwise import gelu, group_norm
@@ -20,12 +21,13 @@ def takes(x: Tensor) -> bool:
 
 
 class GroupNorm(nn.GroupNorm):
-    """A group norm by the engine."""
+    """A group norm by the engine, with the SiLU that follows it where it is asked for."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not takes(x):
-            return super().forward(x)
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+        if takes(x):
+            return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu)
+        found = super().forward(x)
+        return F.silu(found) if silu else found
 
 
 class GELU(nn.GELU):

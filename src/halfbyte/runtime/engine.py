@@ -4,7 +4,8 @@
     halfbyte::conv2d    x (B, C, H, W)    -> (B, N, H', W')       in the dtype of x; channels-last or contiguous, as asked
     halfbyte::attention query, key, value (B, H, tokens, channels) -> (B, H, L, E)     in the dtype of the query
     halfbyte::gelu      x (...)           -> the same            by tanh
-    halfbyte::group_norm    x (N, C, ...) -> the same            channels innermost in memory
+    halfbyte::geglu     x (..., 2 C)      -> (..., C)            exact
+    halfbyte::group_norm    x (N, C, ...) -> the same            channels innermost in memory; SiLU after it, if asked for
     halfbyte::pack      codes, multipliers  -> (bytes,)          uint8: the weights of both, re-ordered
 
 The first two quantize their input, multiply exactly in integers with weights that stay 4-bit in memory, scale and add the bias.
@@ -44,7 +45,8 @@ _FIXED = "Tensor? scale=None, Tensor? zero=None"  # of the input, one value each
 LIBRARY.define(f"linear(Tensor x, {_WEIGHTS}, {_FIXED}) -> Tensor")
 LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, float factor, Tensor? bias=None) -> Tensor")
 LIBRARY.define("gelu(Tensor x) -> Tensor")
-LIBRARY.define("group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float epsilon) -> Tensor")
+LIBRARY.define("geglu(Tensor x) -> Tensor")
+LIBRARY.define("group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float epsilon, bool silu=False) -> Tensor")
 LIBRARY.define(f"conv2d(Tensor x, int[] sizes, bool channels_last, {_WEIGHTS}, {_FIXED}) -> Tensor")
 
 
@@ -156,7 +158,21 @@ def _gelu_output(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+def _geglu(x: Tensor) -> Tensor:
+    if x.dtype not in DTYPES or x.shape[-1] % 2:
+        raise PackedError(f"GEGLU takes floats (..., 2 C), got {x.dtype} {tuple(x.shape)}")
+    y, given = _geglu_output(x), x.contiguous()
+    width = y.shape[-1]
+    if y.numel():
+        _engine.geglu(given.data_ptr(), DTYPES[x.dtype], y.numel() // width, width, y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+def _geglu_output(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, epsilon: float, silu: bool = False) -> Tensor:
     y = _group_norm_output(x)
     if not x.movedim(1, -1).is_contiguous() or x.dtype not in DTYPES:
         raise PackedError(f"group norm takes floats with channels innermost in memory; got {x.dtype} with strides {x.stride()}")
@@ -166,7 +182,7 @@ def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | No
     places = [x.data_ptr(), *(0 if one is None else one.data_ptr() for one in affine), y.data_ptr()]
     extent = (x.shape[0], x[0, 0].numel() if len(x) else 0, x.shape[1], groups)
     try:
-        _engine.group_norm(DTYPES[x.dtype], extent, epsilon, places, torch.get_num_threads())
+        _engine.group_norm(DTYPES[x.dtype], extent, epsilon, silu, places, torch.get_num_threads())
     except ValueError as error:
         raise PackedError(f"the C++ engine refuses: {error}") from error
     return y
@@ -180,15 +196,17 @@ LIBRARY.impl("linear", _linear, "CPU")
 LIBRARY.impl("conv2d", _conv2d, "CPU")
 LIBRARY.impl("attention", _attention, "CPU")
 LIBRARY.impl("gelu", _gelu, "CPU")
+LIBRARY.impl("geglu", _geglu, "CPU")
 LIBRARY.impl("group_norm", _group_norm, "CPU")
 torch.library.register_fake("halfbyte::linear", _linear_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::conv2d", _conv2d_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::attention", _attention_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::gelu", _gelu_output, lib=LIBRARY)
+torch.library.register_fake("halfbyte::geglu", _geglu_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::group_norm", _group_norm_output, lib=LIBRARY)
 linear, conv2d = torch.ops.halfbyte.linear.default, torch.ops.halfbyte.conv2d.default
 attention = torch.ops.halfbyte.attention.default
-gelu, group_norm = torch.ops.halfbyte.gelu.default, torch.ops.halfbyte.group_norm.default
+gelu, geglu, group_norm = (getattr(torch.ops.halfbyte, name).default for name in ("gelu", "geglu", "group_norm"))
 
 
 def weight_format(spec: WeightSpec) -> tuple[int, ...]:

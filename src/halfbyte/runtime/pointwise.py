@@ -1,9 +1,12 @@
-"""What stands between layers: GELU and group norms, in float32 operations of a fixed order.
+"""What stands between layers: GELU, GEGLU, group norms and the SiLU after them, in float32 operations of a fixed order.
 
     gelu(x) = x / (1 + 2**(-2 sqrt(2 / pi) (x + 0.044715 x**3) log2 e))          0.5 x (1 + tanh(..)), said with one power of two
+    silu(x) = x / (1 + 2**(-x log2 e))
+    geglu(x, gate) = x (max(gate, 0) - |gate| Q(|gate|))                         exact GELU; Q: the normal distribution's tail
 
-Powers of two: a whole number and a fraction within half, whose power is six terms of its series. A group norm adds the values and
-squares of 64 pixels in float32, channel by channel, such blocks in float64, and gives each channel a factor and an offset.
+Powers of two: a whole number and a fraction within half, whose power is six terms of its series. The tail: 2**(-x**2 / 2 log2 e)
+times a polynomial in 1 / (1 + 0.3125 x), to a relative error of 6e-6. A group norm adds the values and squares of 64 pixels in
+float32, channel by channel, such blocks in float64, and gives each channel a factor and an offset.
 
 Results are torch's to a rounding of a 16-bit type, or to 1e-6. Nothing depends on the number of threads or the width of vectors,
 so the C++ engine (csrc/pointwise.h) gives the same bits on every instruction set. Here is the same in torch.
@@ -21,6 +24,7 @@ from halfbyte.runtime.backends import has_engine
 
 LARGE = 1024  # pixels, from which torch adds up images with channels innermost as fast; below, it reads them group by group
 BLOCK = 64  # pixels that are summed in float32
+TAIL = (0.12479637, 0.12226773, 0.12996215, 0.02572432, 0.1692493, -0.0720028)  # of Q
 SERIES = tuple(math.log(2) ** n / math.factorial(n) for n in (5, 4, 3, 2, 1, 0))  # of 2**x
 
 
@@ -31,26 +35,51 @@ def gelu(x: Tensor) -> Tensor:
     return gelus(x.float()).to(x.dtype)
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
-    """`F.group_norm` of small images whose channels are innermost in memory; of others it is torch's.
+def geglu(x: Tensor) -> Tensor:
+    """Half of the channels times the exact GELU of the other half, by the engine where there is one.
 
     Args:
-        x: float (N, C, ...). weight, bias: float (C,).
+        x: float (..., 2 C): values, then gates.
+    Returns:
+        (..., C), of the same type.
+    """
+    if has_engine():
+        return engine.geglu(x)  # type: ignore[no-any-return]
+    values, gates = x.float().chunk(2, dim=-1)
+    return (values * exact_gelus(gates)).to(x.dtype)
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, epsilon: float, silu: bool = False) -> Tensor:
+    """`F.group_norm` of images whose channels are innermost in memory; of others, and of large ones without SiLU, it is torch's.
+
+    Args:
+        x: float (N, C, ...). weight, bias: float (C,). silu: whether SiLU follows.
     Returns:
         As x, in the same layout.
     """
     small = 0 < x.numel() < LARGE * x.shape[0] * x.shape[1]
-    if not small or not x.movedim(1, -1).is_contiguous() or x.shape[1] % groups:
-        return F.group_norm(x, groups, weight, bias, epsilon)
+    if not (small or (silu and x.numel())) or not x.movedim(1, -1).is_contiguous() or x.shape[1] % groups:
+        found = F.group_norm(x, groups, weight, bias, epsilon)
+        return F.silu(found) if silu else found
     if has_engine():
-        return engine.group_norm(x, groups, weight, bias, epsilon)  # type: ignore[no-any-return]
-    return normed(x, groups, weight, bias, epsilon)
+        return engine.group_norm(x, groups, weight, bias, epsilon, silu)  # type: ignore[no-any-return]
+    return normed(x, groups, weight, bias, epsilon, silu)
 
 
 def gelus(x: Tensor) -> Tensor:
     """GELU of float32 values in plain torch."""
     inner = x * x * 0.044715 + 1
     return x / (_power(x * (-2 * math.sqrt(2 / math.pi) * math.log2(math.e)) * inner) + 1)
+
+
+def exact_gelus(x: Tensor) -> Tensor:
+    """GELU by the error function of float32 values in plain torch."""
+    part = 1 / (x.abs() * 0.3125 + 1)
+    tail: Any = TAIL[-1]
+    for coefficient in TAIL[-2::-1]:
+        tail = part * tail + coefficient
+    tail = tail * part * _power(x * x * (-0.5 * math.log2(math.e)))
+    return torch.where(x > 0, x, 0) - x.abs() * tail  # type: ignore[no-any-return]
 
 
 def _power(x: Tensor) -> Tensor:
@@ -64,7 +93,7 @@ def _power(x: Tensor) -> Tensor:
     return torch.ldexp(power, whole - 1) * 2  # 2**128 itself is infinite
 
 
-def normed(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+def normed(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, epsilon: float, silu: bool = False) -> Tensor:
     """`group_norm` in plain torch."""
     pixels = x.movedim(1, -1)
     flat = pixels.flatten(1, -2).float() if x.ndim > 2 else pixels.unsqueeze(1).float()
@@ -81,6 +110,8 @@ def normed(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, e
     gain = gain if weight is None else gain * weight.float()
     offset = (0 if bias is None else bias.float()) - middle * gain
     found: Tensor = flat * gain.unsqueeze(1) + offset.unsqueeze(1)
+    if silu:
+        found = found / (_power(found * -math.log2(math.e)) + 1)
     return found.view(pixels.shape).movedim(-1, 1).to(x.dtype)
 
 

@@ -1,0 +1,77 @@
+"""Blocks of diffusers whose steps between layers our engine runs faster than torch does: see `runtime.between`."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers.models import activations, resnet, upsampling
+from torch import Tensor, nn
+
+from halfbyte.runtime.between import GroupNorm, takes
+from halfbyte.runtime.pointwise import geglu, gelu
+
+MOST_UPSAMPLED = 2**31  # values, beyond which torch's upsampling fails with channels innermost (pytorch issue 141831)
+
+
+class EngineGELU(activations.GELU):
+    """A feed-forward's first layer and GELU, the latter by the engine."""
+
+    def gelu(self, gate: Tensor) -> Tensor:
+        return gelu(gate) if takes(gate) and self.approximate == "tanh" else super().gelu(gate)
+
+
+class EngineGEGLU(activations.GEGLU):
+    """A feed-forward's first layer and gate, the latter by the engine."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not takes(hidden_states) or args or kwargs:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+        return geglu(self.proj(hidden_states))
+
+
+class EngineResnetBlock2D(resnet.ResnetBlock2D):
+    """A residual block whose norms and SiLUs are one step each, and whose sums are made in place."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not takes(input_tensor) or not self.is_plain():
+            return super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[no-any-return]
+        hidden = self.conv1(self.norm1(input_tensor, silu=True))
+        if self.time_emb_proj is not None:
+            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
+        if temb is not None:
+            hidden = add_to_output(self.conv1, hidden, temb)
+        hidden = self.conv2(self.dropout(self.norm2(hidden, silu=True)))
+        shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        hidden = add_to_output(self.conv2, hidden, shortcut)
+        return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
+
+    def is_plain(self) -> bool:
+        """Whether its options are those of most models: no resampling, no norm that depends on the timestep."""
+        norms = isinstance(self.norm1, GroupNorm) and isinstance(self.norm2, GroupNorm)
+        parts = isinstance(self.nonlinearity, nn.SiLU) and self.upsample is None and self.downsample is None
+        return norms and parts and self.time_embedding_norm == "default" and not self.training
+
+
+class EngineUpsample2D(upsampling.Upsample2D):
+    """Nearest neighbours with channels innermost, of whatever batch: diffusers re-orders those of 64 images and more."""
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        plain = self.norm is None and self.interpolate and not self.use_conv_transpose and not args and not kwargs
+        if not plain or not takes(hidden_states) or 4 * hidden_states.numel() > MOST_UPSAMPLED:
+            return super().forward(hidden_states, output_size, *args, **kwargs)  # type: ignore[no-any-return]
+        how = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
+        larger = F.interpolate(hidden_states, mode="nearest", **how)
+        conv = (self.conv if self.name == "conv" else self.Conv2d_0) if self.use_conv else nn.Identity()
+        return conv(larger)  # type: ignore[no-any-return]
+
+
+def add_to_output(layer: nn.Module, output: Tensor, other: Tensor) -> Tensor:
+    """The sum, in place where nobody else can hold the layer's output: no hook of the layer."""
+    return output + other if layer._forward_hooks or output.dtype != other.dtype else output.add_(other)
+
+
+ENGINE_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {  # for `runtime.between.STAND_INS`
+    activations.GELU: EngineGELU,
+    activations.GEGLU: EngineGEGLU,
+    resnet.ResnetBlock2D: EngineResnetBlock2D,
+    upsampling.Upsample2D: EngineUpsample2D,
+}
