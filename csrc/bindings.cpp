@@ -249,6 +249,7 @@ NB_MODULE(_engine, m) {
   m.def("unpack", &unpack, nb::arg(), nb::arg(), nb::arg().none());
   m.def("search_scales", &search_scales);
   m.def("attend", &attend);
+  m.def("expect_writes", [](uint64_t data, size_t bytes) { hb::expect_writes(reinterpret_cast<void*>(data), bytes); });
   m.def("gelu", &gelu);
   m.def("geglu", &geglu);
   m.def("group_norm", &group_norm);

@@ -211,6 +211,9 @@ struct GroupNorm {
 
 void group_norm(const Run& run, const GroupNorm& call);
 
+// Asks the kernel for large pages where memory is about to be written: it hands out memory page by page.
+void expect_writes(void* data, size_t bytes);
+
 // Frees the scratch memory that this thread keeps between calls.
 void release_scratch();
 

@@ -2,6 +2,7 @@
 #include <dlfcn.h>
 #if defined(__linux__)
 #include <link.h>
+#include <sys/mman.h>
 #endif
 
 #include <atomic>
@@ -93,6 +94,14 @@ uint8_t* scratch(Slot slot, size_t bytes) {
     arena.size = rounded;
   }
   return static_cast<uint8_t*>(arena.memory);
+}
+
+void expect_writes(void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t large = 2 << 20;
+  const auto start = reinterpret_cast<uintptr_t>(data), first = (start + large - 1) / large * large, last = (start + bytes) / large * large;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 void release_scratch() {

@@ -24,6 +24,7 @@ void test_attention();
 void test_refused_attention();
 void test_gelu();
 void test_geglu();
+void test_expected_writes();
 void test_group_norms();
 
 }  // namespace halfbyte
@@ -53,6 +54,7 @@ int main(int count, char** arguments) {
                {"heads", test_refused_attention},
                {"gelu", test_gelu},
                {"geglu", test_geglu},
+               {"memory", test_expected_writes},
                {"norms", test_group_norms}};
   for (const auto& test : tests) {
     if (count > 1 && std::string(arguments[1]) != test.name) continue;

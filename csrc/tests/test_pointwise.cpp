@@ -1,4 +1,6 @@
 // What stands between layers: every instruction set against the oracle, bit for bit, and the oracle against double.
+#include <algorithm>
+
 #include "harness.h"
 
 namespace halfbyte {
@@ -81,6 +83,13 @@ void test_gelu() {
     const double cubic = std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x), exact = 0.5 * x * (1 + std::tanh(cubic));
     check(std::fabs(y - exact) <= 4e-6 * std::fabs(exact) + 1e-7, "GELU of " + std::to_string(x));
   }
+}
+
+void test_expected_writes() {  // any stretch of memory, which keeps what it holds
+  std::vector<uint8_t> memory(9 << 20, 0x5a);
+  for (int64_t from : {0, 1, 4095, 1 << 20})
+    for (int64_t bytes : {0, 1, 4096, (2 << 20) + 1, 8 << 20}) expect_writes(memory.data() + from, static_cast<size_t>(bytes));
+  check(std::count(memory.begin(), memory.end(), 0x5a) == static_cast<int64_t>(memory.size()), "memory keeps what it holds");
 }
 
 void test_geglu() {

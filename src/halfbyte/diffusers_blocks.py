@@ -4,9 +4,10 @@ from typing import Any
 
 import torch.nn.functional as F
 from diffusers.models import activations, resnet, upsampling
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from halfbyte.runtime.between import GroupNorm, takes
+from halfbyte.runtime.between import GroupNorm, StandIns, takes
 from halfbyte.runtime.pointwise import geglu, gelu
 
 MOST_UPSAMPLED = 2**31  # values, beyond which torch's upsampling fails with channels innermost (pytorch issue 141831)
@@ -64,14 +65,29 @@ class EngineUpsample2D(upsampling.Upsample2D):
         return conv(larger)  # type: ignore[no-any-return]
 
 
+class EngineTransformer2DModel(Transformer2DModel):
+    """A UNet's transformer that leaves channels innermost: diffusers re-orders what its last layer, or the next, re-orders back."""
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        sizes = (batch_size, height, width, inner_dim)
+        if not takes(hidden_states):
+            return super()._get_output_for_continuous_inputs(hidden_states, residual, *sizes)  # type: ignore[no-any-return]
+        tokens = self.proj_out(hidden_states) if self.use_linear_projection else hidden_states
+        image = tokens.reshape(batch_size, height, width, -1).permute(0, 3, 1, 2)
+        return add_to_output(self.proj_out, image if self.use_linear_projection else self.proj_out(image), residual)
+
+
 def add_to_output(layer: nn.Module, output: Tensor, other: Tensor) -> Tensor:
     """The sum, in place where nobody else can hold the layer's output: no hook of the layer."""
     return output + other if layer._forward_hooks or output.dtype != other.dtype else output.add_(other)
 
 
-ENGINE_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {  # for `runtime.between.STAND_INS`
+ENGINE_BLOCKS: StandIns = {  # for `runtime.between.STAND_INS`
     activations.GELU: EngineGELU,
     activations.GEGLU: EngineGEGLU,
     resnet.ResnetBlock2D: EngineResnetBlock2D,
     upsampling.Upsample2D: EngineUpsample2D,
+    Transformer2DModel: EngineTransformer2DModel,
 }

@@ -13,10 +13,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from halfbyte.checkpoint import METHOD
-from halfbyte.diffusers_blocks import ENGINE_BLOCKS
 from halfbyte.hub import LayoutConfig, after_loading, before_loading, quantize_loaded, refuse_calibration
 from halfbyte.recipe import Recipe
-from halfbyte.runtime.between import STAND_INS
+from halfbyte.runtime.between import LATER, StandIns
 from halfbyte.unpacking import unpack_layers
 
 
@@ -90,6 +89,13 @@ def run_channels_last(model: nn.Module) -> None:
             nn.Module.to(module, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def engine_blocks() -> StandIns:
+    """Blocks that our engine runs faster: modules that cannot be imported yet while diffusers is."""
+    from halfbyte.diffusers_blocks import ENGINE_BLOCKS
+
+    return ENGINE_BLOCKS
+
+
 def is_diffusers_model(model: nn.Module) -> bool:
     """Whether a module is a diffusers model, one that can save and load itself."""
     from diffusers import ModelMixin
@@ -97,6 +103,6 @@ def is_diffusers_model(model: nn.Module) -> bool:
     return isinstance(model, ModelMixin)
 
 
-STAND_INS |= ENGINE_BLOCKS
+LATER.append(engine_blocks)
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = HalfbyteConfig
 AUTO_QUANTIZER_MAPPING[METHOD] = HalfbyteQuantizer

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from diffusers.models import activations, resnet, upsampling
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 import halfbyte as hb
@@ -180,6 +181,27 @@ def test_upsampling_of_many_images(options, size):
     if options in ({}, {"use_conv": True}):
         assert found.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(found, expected, atol=0.02 if options else 0, rtol=0)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@torch.no_grad()
+def test_transformers_keep_channels_innermost(linear):
+    torch.manual_seed(0)
+    options = {"in_channels": 16, "norm_num_groups": 4, "attention_head_dim": 8, "num_attention_heads": 2}
+    theirs = Transformer2DModel(**options, use_linear_projection=linear).eval()
+    x = torch.randn(2, 16, 4, 5).bfloat16().to(memory_format=torch.channels_last)
+    ours, kept = nn.Sequential(copy.deepcopy(theirs)).bfloat16().to(memory_format=torch.channels_last), x.clone()
+    take_over(ours)
+    found, truth = ours[0](x, return_dict=False)[0], theirs(x.float(), return_dict=False)[0]
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x, kept)
+    assert sqnr(truth, found.float()) > min(sqnr(truth, theirs.bfloat16()(x, return_dict=False)[0].float()) - 1, 40)
+
+
+def test_models_that_save_themselves_keep_their_class():
+    model = Transformer2DModel(in_channels=16, norm_num_groups=4, attention_head_dim=8, num_attention_heads=2)
+    take_over(model)
+    assert type(model) is Transformer2DModel
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ devices, under autocast and where gradients are wanted they do what they always 
 the very same images.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,13 +39,21 @@ class GELU(nn.GELU):
         return gelu(x) if takes(x) and self.approximate == "tanh" else super().forward(x)
 
 
-STAND_INS: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: GroupNorm, nn.GELU: GELU}  # plugins add theirs
+StandIns = dict[type[nn.Module], type[nn.Module]]
+STAND_INS: StandIns = {nn.GroupNorm: GroupNorm, nn.GELU: GELU}
+LATER: list[Callable[[], StandIns]] = []  # those of plug-ins, imported when they are needed first
 
 
 def take_over(model: nn.Module) -> None:
-    """Have the engine run the modules of a model that it can, until `hand_back`."""
+    """Have the engine run the modules of a model that it can, until `hand_back`.
+
+    A model that saves itself keeps its own class, whose name it writes.
+    """
+    while LATER:
+        STAND_INS.update(LATER.pop()())
     for module in model.modules():
-        module.__class__ = STAND_INS.get(type(module), type(module))
+        if module is not model or not hasattr(model, "save_pretrained"):
+            module.__class__ = STAND_INS.get(type(module), type(module))
 
 
 def hand_back(model: nn.Module) -> None:

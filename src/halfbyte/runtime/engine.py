@@ -37,6 +37,7 @@ else:
     MISSING = None
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LARGE_OUTPUT = 4 << 20  # bytes
 LIMIT_SECONDS = 0.2  # how long the machine's integer limit is measured
 
 LIBRARY = torch.library.Library("halfbyte", "DEF")
@@ -50,8 +51,15 @@ LIBRARY.define("group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, f
 LIBRARY.define(f"conv2d(Tensor x, int[] sizes, bool channels_last, {_WEIGHTS}, {_FIXED}) -> Tensor")
 
 
+def _fresh(y: Tensor) -> Tensor:
+    """An output about to be written, on large pages of memory where it has many."""
+    if y.nbytes >= LARGE_OUTPUT:
+        _engine.expect_writes(y.data_ptr(), y.nbytes)
+    return y
+
+
 def _linear(x: Tensor, *weights: Any) -> Tensor:
-    y = _linear_output(x, *weights)
+    y = _fresh(_linear_output(x, *weights))
     if y.numel():
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -65,7 +73,7 @@ def _linear_output(x: Tensor, _tiles: Tensor, weight_scale: Tensor, *_: Any) -> 
 
 
 def _conv2d(x: Tensor, sizes: Sequence[int], channels_last: bool, *weights: Any) -> Tensor:
-    y = _conv2d_output(x, sizes, True)
+    y = _fresh(_conv2d_output(x, sizes, True))
     if y.numel():
         images = x.contiguous(memory_format=torch.channels_last)
         count, channels, height, width = x.shape
@@ -124,7 +132,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, factor: float, bias: T
     if any(one.ndim != 4 or one.dtype not in DTYPES for one in given) or len({one.shape[:2] for one in given}) > 1:
         shapes = ", ".join(f"{one.dtype} {tuple(one.shape)}" for one in given)
         raise PackedError(f"attention takes floats (images, heads, tokens, channels), alike in the first two; got {shapes}")
-    y = _attention_output(query, key, value)
+    y = _fresh(_attention_output(query, key, value))
     scores = (*query.shape[:3], key.shape[2])
     if bias is not None and (bias.dtype != torch.float32 or bias.shape[-1] != scores[-1]):
         raise PackedError(f"attention's bias must be float32 (..., {scores[-1]}); got {bias.dtype} {tuple(bias.shape)}")
@@ -146,7 +154,7 @@ def _attention_output(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> Te
 
 
 def _gelu(x: Tensor) -> Tensor:
-    y = _gelu_output(x)
+    y = _fresh(_gelu_output(x))
     given = x if x.stride() == y.stride() else torch.empty_like(y).copy_(x)  # y has no gaps
     if x.dtype not in DTYPES:
         raise PackedError(f"GELU takes floats, got {x.dtype}")
@@ -161,7 +169,7 @@ def _gelu_output(x: Tensor) -> Tensor:
 def _geglu(x: Tensor) -> Tensor:
     if x.dtype not in DTYPES or x.shape[-1] % 2:
         raise PackedError(f"GEGLU takes floats (..., 2 C), got {x.dtype} {tuple(x.shape)}")
-    y, given = _geglu_output(x), x.contiguous()
+    y, given = _fresh(_geglu_output(x)), x.contiguous()
     width = y.shape[-1]
     if y.numel():
         _engine.geglu(given.data_ptr(), DTYPES[x.dtype], y.numel() // width, width, y.data_ptr(), torch.get_num_threads())
@@ -173,7 +181,7 @@ def _geglu_output(x: Tensor) -> Tensor:
 
 
 def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, epsilon: float, silu: bool = False) -> Tensor:
-    y = _group_norm_output(x)
+    y = _fresh(_group_norm_output(x))
     if not x.movedim(1, -1).is_contiguous() or x.dtype not in DTYPES:
         raise PackedError(f"group norm takes floats with channels innermost in memory; got {x.dtype} with strides {x.stride()}")
     affine = [None if one is None else one.float().contiguous() for one in (weight, bias)]
