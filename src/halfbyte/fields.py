@@ -16,7 +16,7 @@ class Fields:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            _check_type(f"{type(self).__name__}.{item.name}", getattr(self, item.name), hints[item.name])
+            check_type(f"{type(self).__name__}.{item.name}", getattr(self, item.name), hints[item.name])
         self._check()
 
     def _check(self) -> None:
@@ -71,8 +71,8 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    """Refuses a value that its annotation does not allow; ints pass as floats, bools never pass as ints."""
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Refuses (by RecipeError) a value that its annotation does not allow; ints pass as floats, bools never pass as ints."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for option in options:
         origin = typing.get_origin(option)

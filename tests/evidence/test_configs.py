@@ -83,6 +83,22 @@ WRONG = {
     "an unknown key of a run": ({**GOOD, "runs": [{"recipe": "int8-w8a8", "bits": 4}]}, r"runs\[0\] has no key 'bits'"),
     "a recipe and a folder": ({**GOOD, "runs": [{"recipe": "int8-w8a8", "folder": "x"}]}, "needs a recipe or a folder"),
     "the same run twice": ({**GOOD, "runs": ["int8-w8a8", "int8-w8a8"]}, "several runs called 'int8-w8a8'; give them names"),
+    "a healing option of the table's": (
+        {**GOOD, "runs": [{"recipe": "int8-w8a8", "heal": {"prompts": ["a"]}}]},
+        r"runs\[0\].heal must not have 'prompts': the table's own",
+    ),
+    "an unknown healing option": (
+        {**GOOD, "runs": [{"recipe": "int8-w8a8", "heal": {"stesp": 3}}]},
+        r"runs\[0\].heal: heal has no option 'stesp' for lora",
+    ),
+    "another loss": (
+        {**GOOD, "runs": [{"recipe": "int8-w8a8", "heal": {"dfa": "mse"}}]},
+        "dfa must be one of .*'step'.*, got 'mse'",
+    ),
+    "words for a number": (
+        {**GOOD, "runs": [{"recipe": "int8-w8a8", "heal": {"steps": "many"}}]},
+        r"heal: steps must be .*, got str 'many'",
+    ),
     "half a published figure": ({**GOOD, "published": [{"figure": "frechet"}]}, r"published\[0\] has no 'source', 'value'"),
 }
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from halfbyte.errors import EvaluationError, HalfbyteError, RecipeError, listed
+from halfbyte.errors import EvaluationError, HalfbyteError, HealError, RecipeError, listed
 from halfbyte.evaluate.sampling import Sampling
+from halfbyte.heal.verb import read_settings
 from halfbyte.presets import get_recipe
 from halfbyte.recipe import Recipe
 from halfbyte.report.schema import check_mapping
@@ -113,11 +114,25 @@ def parse_config(data: Any, place: str = "table") -> TableConfig:
             raise EvaluationError(f"{place}.runs[{index}] needs a recipe or a folder, one of them")
         if run.recipe is not None:
             run.chosen()
+        if run.heal is not None:
+            _check_heal(run.heal, f"{place}.runs[{index}].heal")
     titles = [run.title for run in known]
     twice = {title for title in titles if titles.count(title) > 1}
     if twice:
         raise EvaluationError(f"{place} has several runs called {listed(twice)}; give them names")
     return _typed(TableConfig, {**data, "runs": known}, place)
+
+
+def _check_heal(options: dict[str, Any], place: str) -> None:
+    """What the run would be refused for, hours later."""
+    shared = set(options) & {"prompts", "arguments", "output", "resume", "progress"}
+    if shared:
+        raise EvaluationError(f"{place} must not have {listed(shared)}: the table's own prompts and arguments hold")
+    given = {"method": "lora", "dfa": "step", **options}
+    try:
+        read_settings(given.pop("method"), given.pop("dfa"), given)
+    except HealError as error:
+        raise EvaluationError(f"{place}: {error}") from error
 
 
 def _typed(kind: type[Kind], data: Any, place: str) -> Kind:

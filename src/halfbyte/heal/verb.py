@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -11,7 +11,8 @@ from torch import nn
 from halfbyte.api import RECIPE_ATTRIBUTE
 from halfbyte.calibration import Call, Conditions, find_denoiser, record_calls, run_call
 from halfbyte.conversion import SIMULATED_ATTRIBUTE
-from halfbyte.errors import DivergedError, HealError, listed
+from halfbyte.errors import DivergedError, HealError, RecipeError, listed
+from halfbyte.fields import check_type
 from halfbyte.heal.alignment import SelectiveSettings, align
 from halfbyte.heal.distill import Progress, distill
 from halfbyte.heal.memory import peak_memory
@@ -86,8 +87,7 @@ def heal(
     Raises:
         HealError and its kinds: see halfbyte.errors.
     """
-    end = STEPS if steps is None and minutes is None else steps
-    settings, own = _settings(method, {**options, "steps": end, "minutes": minutes})
+    settings, own = read_settings(method, dfa, {**options, "steps": steps, "minutes": minutes})
     model = student if isinstance(student, nn.Module) else find_denoiser(student)
     if isinstance(teacher, nn.Module) or not hasattr(teacher, "components"):
         raise HealError(
@@ -96,8 +96,6 @@ def heal(
     float_model = find_denoiser(teacher)
     check_shapes(model, float_model)
     check_tables(model)
-    if dfa not in FORMS:
-        raise HealError(f"dfa must be one of {listed(FORMS)}, got {dfa!r}")
     if getattr(model, SIMULATED_ATTRIBUTE, None):
         raise HealError(f"this {type(model).__name__} cannot be healed: {getattr(model, SIMULATED_ATTRIBUTE)}; quantize it without")
     told = Conditions(prompts, arguments or {})
@@ -193,14 +191,30 @@ def _used(job: Job) -> dict[str, Any]:
     return {**asdict(job.settings), **asdict(job.own), "dfa": job.dfa}
 
 
-def _settings(method: str, options: Mapping[str, Any]) -> tuple[Settings, Any]:
-    """The loop's settings and the method's, from options by name."""
+def read_settings(method: str, dfa: str, options: Mapping[str, Any]) -> tuple[Settings, Any]:
+    """The loop's settings and the method's, from options of `heal` by name.
+
+    Raises:
+        HealError: when one is unknown, or its value is not allowed.
+    """
     if method not in METHODS:
         raise HealError(f"unknown method {method!r}; the methods are {listed(METHODS)}")
+    if dfa not in FORMS:
+        raise HealError(f"dfa must be one of {listed(FORMS)}, got {dfa!r}")
+    if options.get("steps") is None and options.get("minutes") is None:
+        options = {**options, "steps": STEPS}
     loop, own = ({item.name for item in fields(kind)} for kind in (Settings, METHODS[method]))
     unknown = set(options) - loop - own
     if unknown:
         raise HealError(f"heal has no option {listed(unknown)} for {method}; its options are {listed(loop | own)}")
+    hints = {**get_type_hints(Settings), **get_type_hints(METHODS[method])}
+    for name, value in options.items():
+        if get_origin(hints[name]) is tuple:  # given as people like: its class reads it
+            continue
+        try:
+            check_type(name, value, hints[name])
+        except RecipeError as error:
+            raise HealError(str(error)) from error
     mine = {key: value for key, value in options.items() if key in own}
     if method == "lora" and mine.setdefault("loras", 1) != 1:
         raise HealError(f"lora has one LoRA a layer, got loras={mine['loras']}; the method talora takes several")
