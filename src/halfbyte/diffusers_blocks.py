@@ -61,8 +61,9 @@ class EngineUpsample2D(upsampling.Upsample2D):
             return super().forward(hidden_states, output_size, *args, **kwargs)  # type: ignore[no-any-return]
         how = {"scale_factor": 2.0} if output_size is None else {"size": output_size}
         larger = F.interpolate(hidden_states, mode="nearest", **how)
-        conv = (self.conv if self.name == "conv" else self.Conv2d_0) if self.use_conv else nn.Identity()
-        return conv(larger)  # type: ignore[no-any-return]
+        if not self.use_conv:
+            return larger
+        return (self.conv if self.name == "conv" else self.Conv2d_0)(larger)  # type: ignore[no-any-return]
 
 
 class EngineTransformer2DModel(Transformer2DModel):
