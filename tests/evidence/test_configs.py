@@ -95,6 +95,10 @@ WRONG = {
         {**GOOD, "runs": [{"recipe": "int8-w8a8", "heal": {"dfa": "mse"}}]},
         "dfa must be one of .*'step'.*, got 'mse'",
     ),
+    "a list for a method": (
+        {**GOOD, "runs": [{"recipe": "int8-w8a8", "name": "a", "heal": {"method": ["lora"]}}]},
+        "unknown method",
+    ),
     "words for a number": (
         {**GOOD, "runs": [{"recipe": "int8-w8a8", "heal": {"steps": "many"}}]},
         r"heal: steps must be .*, got str 'many'",

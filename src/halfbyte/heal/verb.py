@@ -197,9 +197,9 @@ def read_settings(method: str, dfa: str, options: Mapping[str, Any]) -> tuple[Se
     Raises:
         HealError: when one is unknown, or its value is not allowed.
     """
-    if method not in METHODS:
+    if method not in list(METHODS):  # a list, as a file may hold anything
         raise HealError(f"unknown method {method!r}; the methods are {listed(METHODS)}")
-    if dfa not in FORMS:
+    if dfa not in list(FORMS):
         raise HealError(f"dfa must be one of {listed(FORMS)}, got {dfa!r}")
     if options.get("steps") is None and options.get("minutes") is None:
         options = {**options, "steps": STEPS}
