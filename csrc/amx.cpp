@@ -67,15 +67,15 @@ void one(const uint8_t* row, int64_t stride, const Walk& walk, const uint8_t* pa
 }
 
 // Rows are evenly spaced and complete halves: see `gather`.
-void tile(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks,
+void tile(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int channels,
           int32_t* sums) {
   const int64_t stride = row[1] - row[0];
   TILE_FENCE();
-  if (count > half_rows && blocks == 2) {
+  if (count > half_rows && channels > block_channels) {
     two_by_two(row, stride, walk, panel, panel_stride, sums);
   } else {
     for (int half = 0; half * half_rows < count; half++)
-      for (int b = 0; b < blocks; b++)
+      for (int b = 0; b * block_channels < channels; b++)
         one(row[half * half_rows], stride, walk, panel + b * panel_stride,
             sums + half * half_rows * 2 * block_channels + b * block_channels);
   }

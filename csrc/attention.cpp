@@ -21,19 +21,34 @@ constexpr int quads_of_codes = key_block / 4;
 
 // Where the parts of a head's keys and values lie, behind each other.
 struct Plan {
-  int64_t key_chunks, value_blocks, key_blocks;  // chunks of a query's channels, blocks of 16 of a value's, blocks of 64 keys
+  int64_t code_bytes, key_chunks, value_blocks, key_blocks;  // chunks of a query's channels, blocks of 16 of a value's, of 64 keys
+  int64_t panel;                                             // bytes of a chunk's
   int64_t keys, corrections, scales, values, value_corrections, value_scales, bytes;
 
-  explicit Plan(const Attention& call) {
+  Plan(const Attention& call, int bytes_of_a_code) : code_bytes(bytes_of_a_code), panel(panel_chunk * code_bytes) {
     key_chunks = divide_up(call.keys.channels, chunk), value_blocks = divide_up(call.values.channels, block_channels);
     key_blocks = divide_up(call.keys.tokens, key_block);
     int64_t end = 0;
     const auto take = [&end](int64_t bytes) { return std::exchange(end, end + round_up(bytes, 64)); };
-    keys = take(key_blocks * (key_block / block_channels) * key_chunks * panel_chunk);
+    keys = take(key_blocks * (key_block / block_channels) * key_chunks * panel);
     corrections = take(key_blocks * key_block * 4), scales = take(key_blocks * key_block * 4);
-    values = take(key_blocks * value_blocks * panel_chunk);
+    values = take(key_blocks * value_blocks * panel);
     value_corrections = take(key_blocks * value_blocks * block_channels * 4);
     value_scales = take(value_blocks * block_channels * 4), bytes = end;
+  }
+
+  // Writes the code of index k of K and of a channel of a panel: see layout.h.
+  void put(int code, int64_t k, int64_t channel, uint8_t* to) const {
+    if (code_bytes == 1) {
+      to[k / 4 * 64 + channel * 4 + k % 4] = static_cast<uint8_t>(code);
+    } else {
+      const auto wide = static_cast<int16_t>(code);
+      std::memcpy(to + k / 2 * 64 + channel * 4 + k % 2 * 2, &wide, 2);
+    }
+  }
+  // Where along K the codes of keys are: see `Softening::codes`.
+  int64_t place_of_key(int64_t key) const {
+    return code_bytes == 1 ? key % 16 * 4 + key / 16 : key % 32 * 2 + key / 32;
   }
 };
 
@@ -120,11 +135,11 @@ bool take_keys(const Drive& d, int64_t image, int64_t head, uint8_t* to) {
     if (most >= 0x7f800000) return false;
     scales[token] = scale_of(most);
     encode(d.kernels, row.data(), Dtype::float32, count, 1.0f / scales[token], codes.data());
-    uint8_t* block = to + token / block_channels * d.plan.key_chunks * panel_chunk + token % block_channels * 4;
+    uint8_t* block = to + token / block_channels * d.plan.key_chunks * d.plan.panel;
     int32_t sum = 0;
     for (int64_t i = 0; i < count; i++) {
       const int code = codes[i] - 128;
-      block[i / 4 * 64 + i % 4] = static_cast<uint8_t>(code);
+      d.plan.put(code, i, token % block_channels, block);
       sum += code;
     }
     corrections[token] = sum * (128 - d.kernels.tile_zero);
@@ -152,13 +167,12 @@ bool take_values(const Drive& d, int64_t image, int64_t head, uint8_t* to) {
     read_row(Attention::at(values, image, head, token), values.dtype, count, row.data());
     for (int64_t i = 0; i < count; i++) row[i] *= reciprocal[i];
     encode(d.kernels, row.data(), Dtype::float32, count, 1.0f, codes.data());
-    const int64_t block = token / key_block * d.plan.value_blocks, in_block = token % key_block;
-    // in the order of `Softening::codes`
-    uint8_t* panel = to + d.plan.values + block * panel_chunk + in_block % 16 * 64 + in_block / 16;
+    const int64_t block = token / key_block * d.plan.value_blocks, place = d.plan.place_of_key(token % key_block);
+    uint8_t* panels = to + d.plan.values + block * d.plan.panel;
     int32_t* correction = corrections + block * block_channels;
     for (int64_t i = 0; i < count; i++) {
       const int code = codes[i] - 128;
-      panel[i / 16 * panel_chunk + i % 16 * 4] = static_cast<uint8_t>(code);
+      d.plan.put(code, place, i % 16, panels + i / 16 * d.plan.panel);
       correction[i] -= code * d.kernels.tile_zero;
     }
   }
@@ -192,24 +206,26 @@ struct Task {
         first(part * d.task_rows),
         rows(std::min(d.task_rows, call.queries.tokens - first)),
         padded(round_up(d.task_rows, most_rows)),
-        pitch(plan.key_chunks * chunk + (plan.key_chunks % 8 ? 0 : chunk)),
+        pitch(row_bytes() + (row_bytes() % 512 ? 0 : chunk)),
         width(plan.value_blocks * block_channels),
         panels(d.head(index)) {
     for (int64_t i = 0; i < plan.key_chunks; i++) {
-      offsets.push_back(i * chunk);
+      offsets.push_back(i * chunk * plan.code_bytes);
       quads.push_back(static_cast<int32_t>(divide_up(std::min<int64_t>(chunk, call.keys.channels - i * chunk), 4)));
     }
-    const int64_t bytes = padded * pitch, floats = padded * (3 + width) * 4;
-    uint8_t* memory = scratch(Slot::rows, static_cast<size_t>(bytes + most_rows * chunk + floats));
+    const int64_t bytes = padded * pitch, code_bytes = most_rows * code_pitch(), floats = padded * (3 + width) * 4;
+    uint8_t* memory = scratch(Slot::rows, static_cast<size_t>(bytes + code_bytes + floats));
     queries = memory, codes = memory + bytes;
-    scales = reinterpret_cast<float*>(codes + most_rows * chunk);
+    scales = reinterpret_cast<float*>(codes + code_bytes);
     exponents = scales + padded, totals = exponents + padded, acc = totals + padded;
-    std::memset(memory, 0, static_cast<size_t>(bytes + most_rows * chunk));
+    std::memset(memory, 0, static_cast<size_t>(bytes + code_bytes));
     const int64_t tiles = divide_up(std::max<int64_t>(key_block / block_channels, plan.value_blocks), kernels.blocks);
     sums = reinterpret_cast<int32_t*>(scratch(Slot::sums, static_cast<size_t>(tile_sums() * tiles) * 4));
   }
 
   int64_t tile_sums() const { return int64_t{most_rows} * kernels.blocks * block_channels; }
+  int64_t row_bytes() const { return plan.key_chunks * chunk * plan.code_bytes; }
+  int64_t code_pitch() const { return chunk * plan.code_bytes; }
 
   void read_queries() {
     const Heads& from = call.queries;
@@ -219,27 +235,35 @@ struct Task {
       kernels.range(values, from.dtype, from.channels, true, &range);
       const float scale = range.absmax < 0x7f800000 ? scale_of(range.absmax) : std::nanf("");
       scales[r] = scale * call.factor;
-      if (!std::isnan(scale)) encode(kernels, values, from.dtype, from.channels, 1.0f / scale, queries + r * pitch);
+      if (std::isnan(scale)) continue;
+      uint8_t* row = queries + r * pitch;
+      encode(kernels, values, from.dtype, from.channels, 1.0f / scale, row);
+      if (plan.code_bytes == 2) widen(row, from.channels);
     }
   }
 
-  // Sums of a tile of rows with `count` panels, some at a time.
+  static void widen(uint8_t* row, int64_t count) {  // from the last on, as they overlap
+    for (int64_t i = count - 1; i >= 0; i--) row[2 * i + 1] = 0, row[2 * i] = row[i];
+  }
+
+  // Sums of a tile of rows with the channels of panels, some at a time.
   void multiply(const uint8_t* from, int64_t stride, int tile_rows, const Walk& walk, const uint8_t* panel, int64_t panel_stride,
-                int64_t count) {
+                int64_t channels) {
     const uint8_t* row[most_rows];
     for (int r = 0; r < most_rows; r++) row[r] = from + r * stride;
-    for (int64_t b = 0; b < count; b += kernels.blocks)
-      kernels.tile(row, tile_rows, walk, panel + b * panel_stride, panel_stride,
-                   static_cast<int>(std::min<int64_t>(kernels.blocks, count - b)), sums + b / kernels.blocks * tile_sums());
+    const int64_t step = kernels.blocks * block_channels;
+    for (int64_t c = 0; c < channels; c += step)
+      kernels.tile(row, tile_rows, walk, panel + c / block_channels * panel_stride, panel_stride,
+                   static_cast<int>(std::min(step, channels - c)), sums + c / step * tile_sums());
   }
 
   TileSums all_sums() const { return {sums, kernels.blocks, tile_sums()}; }
 
   void take_block(int64_t block) {
-    const int64_t panel_stride = plan.key_chunks * panel_chunk, key = block * key_block;
+    const int64_t panel_stride = plan.key_chunks * plan.panel, key = block * key_block, channels = call.values.channels;
     const int keys = static_cast<int>(std::min<int64_t>(key_block, call.keys.tokens - key));
     const int64_t in_values = 0;
-    const int32_t value_quads = std::min(keys, quads_of_codes);
+    const int32_t value_quads = plan.code_bytes == 1 ? std::min(keys, quads_of_codes) : std::min((keys + 1) / 2, quads_of_codes);
     const auto* corrections = reinterpret_cast<const int32_t*>(panels + plan.corrections) + key;
     const auto* key_scales = reinterpret_cast<const float*>(panels + plan.scales) + key;
     const auto* value_corrections = reinterpret_cast<const int32_t*>(panels + plan.value_corrections) + block * width;
@@ -247,14 +271,14 @@ struct Task {
       const int count = static_cast<int>(std::min<int64_t>(kernels.rows, rows - from));
       const int tile_rows = kernels.even_rows ? static_cast<int>(round_up(count, kernels.even_rows)) : count;
       multiply(queries + from * pitch, pitch, tile_rows, {offsets.data(), quads.data(), 0, plan.key_chunks},
-               panels + plan.keys + block * (key_block / block_channels) * panel_stride, panel_stride, key_block / block_channels);
+               panels + plan.keys + block * (key_block / block_channels) * panel_stride, panel_stride, key_block);
       float keep[most_rows], weight[most_rows];
       const float* bias = call.bias_of(image, head, first + from);
       kernels.soften({count, all_sums(), corrections, key_scales, scales + from, bias ? bias + key : nullptr, call.bias.query_stride,
                       keys, block == 0, codes, exponents + from, totals + from, keep, weight});
-      multiply(codes, chunk, tile_rows, {&in_values, &value_quads, 0, 1},
-               panels + plan.values + block * plan.value_blocks * panel_chunk, panel_chunk, plan.value_blocks);
-      kernels.gather({count, plan.value_blocks, all_sums(), kernels.tile_zero ? value_corrections : nullptr, keep, weight,
+      multiply(codes, code_pitch(), tile_rows, {&in_values, &value_quads, 0, 1},
+               panels + plan.values + block * plan.value_blocks * plan.panel, plan.panel, channels);
+      kernels.gather({count, channels, all_sums(), kernels.tile_zero ? value_corrections : nullptr, keep, weight,
                       acc + from * width});
     }
   }
@@ -308,10 +332,11 @@ void attend(const Run& run, int64_t images, int64_t heads, const Heads& queries,
             float factor, const ScoreBias& bias, const Heads& output) {
   const Attention call{images, heads, queries, keys, values, output, factor, bias};
   check(call);
-  const Kernels& kernels = kernels_of(run.isa);
+  const Kernels& own = kernels_of(run.isa);
+  const Kernels& kernels = own.attention ? *own.attention : own;
   if (!images || !heads || !queries.tokens || !keys.tokens || !values.channels) return;
   if (run.isa == Isa::scalar) return scalar_attend(run, call);
-  Drive d{call, kernels, Plan(call), nullptr, std::vector<char>(static_cast<size_t>(images * heads)), 0, 0};
+  Drive d{call, kernels, Plan(call, kernels.code_bytes), nullptr, std::vector<char>(static_cast<size_t>(images * heads)), 0, 0};
   d.heads = scratch(Slot::heads, static_cast<size_t>(images * heads * d.plan.bytes));
   const int64_t wanted = divide_up(4 * run.threads, images * heads);  // parts of a head, where there are few
   d.task_rows = round_up(std::min(tiles_of_a_task * kernels.rows, divide_up(queries.tokens, wanted)), kernels.rows);

@@ -4,6 +4,7 @@
 //   4 * 2 * 255 * 16 = 32640 and cannot saturate. One vpmaddwd then applies the weights' multipliers and widens. A panel of this
 //   "narrow" kind holds, for every 16 along K, 4 quads of levels and a row of multipliers.
 // - Other weights (int8, e3m0) take the wide way: bytes to 16 bits first, twice the instructions.
+// - Attention's panels and rows have 16 bits from the start, in pairs along K: one vpmaddwd, one addition.
 #include "avx2.h"
 
 #include "dispatch.h"
@@ -132,7 +133,47 @@ void wide_tile(const uint8_t* const* row, const Walk& walk, const uint8_t* panel
   finish(sum, sums);
 }
 
+constexpr int pair_rows = 6, pair_blocks = 4;
+
+// V vectors of 8 channels.
+template <int R, int V>
+void pair_tile(const uint8_t* const* row, const Walk& walk, const uint8_t* panel, int32_t* sums) {
+  __m256i sum[R][V];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) sum[r][v] = _mm256_setzero_si256();
+  for (int64_t i = walk.first; i < walk.last; i++) {
+    const uint8_t* from[R];
+    for (int r = 0; r < R; r++) from[r] = row[r] + walk.offsets[i];
+    const uint8_t* weights = panel + i * 2 * panel_chunk;
+    for (int64_t k = 0; k < walk.quads[i] * 8; k += 4, weights += 64) {
+      __m256i w[V];
+      for (int v = 0; v < V; v++) w[v] = load(weights + v * 32);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; r++) {
+        const __m256i x = four_of_a_row(from[r] + k);
+        for (int v = 0; v < V; v++) {
+          sum[r][v] = _mm256_add_epi32(sum[r][v], _mm256_madd_epi16(x, w[v]));
+          __asm__("" : "+x"(sum[r][v]));  // keeps the order: reordered, the products outnumber the registers
+        }
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(sums + r * pair_blocks * block_channels + v * 8, sum[r][v]);
+}
+
 using Tile = void (*)(const uint8_t* const*, const Walk&, const uint8_t*, int32_t*);
+template <int V>
+constexpr Tile pair_tiles[] = {pair_tile<1, V>, pair_tile<2, V>, pair_tile<3, V>, pair_tile<4, V>, pair_tile<5, V>, pair_tile<6, V>};
+
+void any_pair(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t stride, int channels,
+              int32_t* sums) {
+  for (; channels > 0; channels -= block_channels, panel += stride, sums += block_channels)
+    (channels > 8 ? pair_tiles<2> : pair_tiles<1>)[count - 1](row, walk, panel, sums);
+}
+
 constexpr Tile narrow_tiles[] = {narrow_tile<1>, narrow_tile<2>, narrow_tile<3>};
 constexpr Tile wide_tiles[] = {wide_tile<1>, wide_tile<2>, wide_tile<3>};
 
@@ -143,6 +184,26 @@ void any_narrow(const uint8_t* const* row, int count, const Walk& walk, const ui
 void any_wide(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t, int, int32_t* sums) {
   wide_tiles[count - 1](row, walk, panel, sums);
 }
+
+constexpr Kernels wide_kernels = {
+    .rows = 3,
+    .blocks = 1,
+    .chunk_bytes = panel_chunk,
+    .panel_budget = 256 * 1024,
+    .range = avx2_range,
+    .encode = avx2_encode,
+    .decode = avx2_decode,
+    .tile = any_wide,
+    .finish = avx2_finish,
+    .search = avx2_search,
+    .round = avx2_round,
+    .soften = avx2_soften,
+    .gather = avx2_gather,
+    .gelu = avx2_gelu,
+    .geglu = avx2_geglu,
+    .sum_pixels = avx2_sum_pixels,
+    .scale_pixels = avx2_scale_pixels,
+};
 
 }  // namespace
 
@@ -161,45 +222,21 @@ void avx2_decode(const Nibbles& from, uint8_t* panel) {
 }
 
 const Kernels* avx2_kernels() {
-  static const Kernels narrow = {
-      .rows = 3,
-      .blocks = 1,
-      .chunk_bytes = 4 * narrow_sixteenth,
-      .panel_budget = 256 * 1024,
-      .range = avx2_range,
-      .encode = avx2_encode,
-      .decode = decode_narrow,
-      .tile = any_narrow,
-      .finish = avx2_finish,
-      .search = avx2_search,
-      .round = avx2_round,
-      .soften = avx2_soften,
-      .gather = avx2_gather,
-      .gelu = avx2_gelu,
-      .geglu = avx2_geglu,
-      .sum_pixels = avx2_sum_pixels,
-      .scale_pixels = avx2_scale_pixels,
-  };
-  static const Kernels kernels = {
-      .rows = 3,
-      .blocks = 1,
-      .chunk_bytes = panel_chunk,
-      .panel_budget = 256 * 1024,
-      .range = avx2_range,
-      .encode = avx2_encode,
-      .decode = avx2_decode,
-      .tile = any_wide,
-      .finish = avx2_finish,
-      .search = avx2_search,
-      .round = avx2_round,
-      .soften = avx2_soften,
-      .gather = avx2_gather,
-      .gelu = avx2_gelu,
-      .geglu = avx2_geglu,
-      .sum_pixels = avx2_sum_pixels,
-      .scale_pixels = avx2_scale_pixels,
-      .narrow = &narrow,
-  };
+  static const Kernels narrow = [] {
+    Kernels k = wide_kernels;
+    k.chunk_bytes = 4 * narrow_sixteenth, k.decode = decode_narrow, k.tile = any_narrow;
+    return k;
+  }();
+  static const Kernels attention = [] {
+    Kernels k = wide_kernels;
+    k.rows = pair_rows, k.blocks = pair_blocks, k.code_bytes = 2, k.tile = any_pair, k.soften = avx2_soften_pairs;
+    return k;
+  }();
+  static const Kernels kernels = [] {
+    Kernels k = wide_kernels;
+    k.narrow = &narrow, k.attention = &attention;
+    return k;
+  }();
   return &kernels;
 }
 

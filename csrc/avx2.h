@@ -12,6 +12,7 @@ void avx2_decode(const Nibbles& from, uint8_t* panel);  // shifted int8
 void avx2_search(const ScaleSearch& search, uint8_t* work);
 Energy avx2_round(const WeightRounding& rounding, uint8_t* work);
 void avx2_soften(const Softening& softening);
+void avx2_soften_pairs(const Softening& softening);  // to codes of 16 bits
 void avx2_gather(const Gathering& gathering);
 void avx2_gelu(Dtype dtype, const char* x, int64_t count, char* y);
 void avx2_sum_pixels(const Pixels& pixels, float* sums, float* squares);

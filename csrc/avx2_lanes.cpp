@@ -9,6 +9,7 @@
 namespace halfbyte {
 
 void avx2_soften(const Softening& softening) { Softmax<8>::soften(softening); }
+void avx2_soften_pairs(const Softening& softening) { Softmax<8>::soften<true>(softening); }
 void avx2_gather(const Gathering& gathering) { Softmax<8>::gather(gathering); }
 void avx2_gelu(Dtype dtype, const char* x, int64_t count, char* y) { Pointwise<8>::gelu(dtype, x, count, y); }
 void avx2_sum_pixels(const Pixels& pixels, float* sums, float* squares) { Pointwise<8>::sum_pixels(pixels, sums, squares); }

@@ -48,9 +48,9 @@ template <int B>
 constexpr Tile tiles[tile_rows] = {tile<1, B>, tile<2, B>, tile<3, B>, tile<4, B>,  tile<5, B>,  tile<6, B>,
                                    tile<7, B>, tile<8, B>, tile<9, B>, tile<10, B>, tile<11, B>, tile<12, B>};
 
-void any_tile(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks,
+void any_tile(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int channels,
               int32_t* sums) {
-  (blocks == 2 ? tiles<2> : tiles<1>)[count - 1](row, walk, panel, panel_stride, sums);
+  (channels > block_channels ? tiles<2> : tiles<1>)[count - 1](row, walk, panel, panel_stride, sums);
 }
 
 // ---- decoding ---------------------------------------------------------------------------------------------------------------

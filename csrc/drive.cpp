@@ -147,7 +147,7 @@ struct Task {
         if (d.thin) {
           d.kernels.thin(rows.row, count, walk, nibbles_of(p, first_block + b), some, at);
         } else {
-          d.kernels.tile(rows.row, count, walk, weights + b * panel_bytes(d), panel_bytes(d), some, at);
+          d.kernels.tile(rows.row, count, walk, weights + b * panel_bytes(d), panel_bytes(d), some * block_channels, at);
         }
         if (walk.last == w.chunks) finish(row, count, rows, b, some, at);
       }

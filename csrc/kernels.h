@@ -108,19 +108,20 @@ struct Softening {
   int64_t bias_stride;         // between rows
   int keys;                    // valid ones
   bool first;                  // nothing is summed so far
-  uint8_t* codes;              // (rows, 64): byte 4 * i + b is that of key 16 * b + i
+  uint8_t* codes;              // (rows, 64): byte 4 * i + b is that of key 16 * b + i; or for pairs of 16 bits (rows, 128): pair
+                               // 16 * b + i holds those of keys 16 * b + i and 32 + 16 * b + i
   float *exponents, *totals;   // of the rows so far, and then with this block
   float *keep, *weight;        // (rows,): what the sums so far, and those of this block, are to be multiplied with
 };
 
-// acc = acc * keep + (sums - corrections) * weight, for rows of `blocks` blocks of 16 channels.
+// acc = acc * keep + (sums - corrections) * weight, for rows of blocks of 16 channels, whose last ones may be left out.
 struct Gathering {
   int rows;
-  int64_t blocks;
+  int64_t channels;
   TileSums sums;               // over keys
   const int32_t* corrections;  // of each channel, or null
   const float *keep, *weight;
-  float* acc;  // (rows, 16 * blocks)
+  float* acc;  // (rows, channels rounded up to 16)
 };
 
 // The normal distribution's tail, Q(x) = part * (.. ((c0 part + c1) part + c2) ..) * exp(-x**2 / 2), with part = 1 / (1 + 0.3125 x),
@@ -145,8 +146,9 @@ struct Kernels {
   void (*encode)(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out) = nullptr;
   // One tiled block of nibbles to a panel.
   void (*decode)(const Nibbles& from, uint8_t* panel) = nullptr;
-  // Sums over the walk for `count` rows and `blocks` panels, which lie panel_stride bytes apart.
-  void (*tile)(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int blocks,
+  // Sums over the walk for `count` rows and `channels` of panels that lie panel_stride bytes apart; further channels of the last
+  // panel may be left out.
+  void (*tile)(const uint8_t* const* row, int count, const Walk& walk, const uint8_t* panel, int64_t panel_stride, int channels,
                int32_t* sums) = nullptr;
   // The same straight from nibbles, over all of K.
   void (*thin)(const uint8_t* const* row, int count, const Walk& walk, const Nibbles& from, int blocks, int32_t* sums) = nullptr;
@@ -164,6 +166,8 @@ struct Kernels {
   const Kernels* narrow = nullptr;  // others for tiled nibbles with levels of at most `narrow_level`
   int even_rows = 0;                // `tile` reads rows in runs of this many, evenly spaced; the driver copies others together
   int step = 0;                     // chunks of K that `tile` takes at once, so that the rows stay in L1; 0: all
+  const Kernels* attention = nullptr;  // others for attention
+  int code_bytes = 1;                  // of rows and panels: 1, or 2 where `tile` takes pairs of 16 bits; these for attention only
   void (*begin)() = nullptr;        // around the calls of one task
   void (*end)() = nullptr;
 };

@@ -105,7 +105,7 @@ struct Softmax {
     }
   }
 
-  template <bool Biased>
+  template <bool Biased, bool Pairs>
   [[gnu::always_inline]] static inline void row(const Softening& s, int row, const int32_t* const* sums, Block& block) {
     Floats scores[vectors];
     score<Biased>(s, row, sums, scores);
@@ -115,9 +115,14 @@ struct Softmax {
       Ints x[4];
       for (int byte = 0; byte < 4; byte++) x[byte] = steps(scores[(byte * part + i) / W] - top);
       const Short even = code((Short)((x[0] & 0xffff) | x[2] << 16)), odd = code((Short)((x[1] & 0xffff) | x[3] << 16));
-      const Short words = even | odd << 8;
       total += even + odd;
-      std::memcpy(s.codes + row * key_block + i * 4, &words, sizeof words);
+      if constexpr (Pairs) {
+        uint8_t* to = s.codes + row * 2 * key_block + i * 4;
+        std::memcpy(to, &even, sizeof even), std::memcpy(to + key_block, &odd, sizeof odd);
+      } else {
+        const Short words = even | odd << 8;
+        std::memcpy(s.codes + row * key_block + i * 4, &words, sizeof words);
+      }
     }
     const Ints words = ((Ints)total & 0xffff) + ((Ints)total >> 16);
     block.totals[row] = reduce<W>(words, [](auto a, auto b) { return a + b; });
@@ -125,23 +130,29 @@ struct Softmax {
   }
 
   // A loop for each: where one holds both, the compiler no longer keeps its constants in registers.
-  template <bool Biased>
+  template <bool Biased, bool Pairs>
   [[gnu::noinline]] static void rows(const Softening& s) {
     const int32_t* sums[key_block / 16];
     for (int b = 0; b < key_block / 16; b++) sums[b] = s.sums.at(0, b);
     Block block;
-    for (int r = 0; r < s.rows; r++) row<Biased>(s, r, sums, block);
+    for (int r = 0; r < s.rows; r++) row<Biased, Pairs>(s, r, sums, block);
     join(s, block);
   }
 
-  static inline void soften(const Softening& s) { s.bias ? rows<true>(s) : rows<false>(s); }
+  // Pairs: codes of 16 bits.
+  template <bool Pairs = false>
+  static inline void soften(const Softening& s) {
+    s.bias ? rows<true, Pairs>(s) : rows<false, Pairs>(s);
+  }
 
   static inline void gather(const Gathering& g) {
-    for (int64_t b = 0; b < g.blocks; b++) {
+    const int64_t blocks = (g.channels + 15) / 16;
+    for (int64_t b = 0; b < blocks; b++) {
       const int32_t* from = g.sums.at(0, b);
+      const int count = static_cast<int>(g.channels - b * 16 < 16 ? g.channels - b * 16 : 16);
       for (int r = 0; r < g.rows; r++, from += g.sums.blocks * 16)
-        for (int i = 0; i < 16; i += W) {
-          float* acc = g.acc + (r * g.blocks + b) * 16 + i;
+        for (int i = 0; i < count; i += W) {
+          float* acc = g.acc + (r * blocks + b) * 16 + i;
           Ints sums = load_lanes<Ints>(from + i);
           if (g.corrections) sums -= load_lanes<Ints>(g.corrections + b * 16 + i);
           const Floats next = load_lanes<Floats>(acc) * g.keep[r] + __builtin_convertvector(sums, Floats) * g.weight[r];
