@@ -140,9 +140,19 @@ const float* in_float32(const std::array<int64_t, 2>& given, int64_t count, std:
   return wide.data();
 }
 
+// groups, whether SiLU follows, addresses of gain and offset (channels,) and shift (images, channels), float32 or 0
+using NormArguments = std::array<int64_t, 5>;
+
+hb::GroupNorm norm_of(const NormArguments& given, double epsilon, const hb::Input& input) {
+  const auto at = [&](int i) { return reinterpret_cast<const float*>(given[static_cast<size_t>(i)]); };
+  return {input.dtype, input.images, input.height * input.width, input.channels, given[0], epsilon, given[1] != 0, at(2), at(3),
+          nullptr, nullptr, at(4)};
+}
+
 // addresses of uint8 (bytes,), float32 (outputs,) and, with its dtype code, the bias (outputs,) or 0
 void forward(const InputArguments& x, const FormatArguments& given, const std::optional<std::array<double, 2>>& fixed, size_t packed,
-             size_t bytes, size_t weight_scale, const std::array<int64_t, 2>& bias, const OutputArguments& y, int threads) {
+             size_t bytes, size_t weight_scale, const std::array<int64_t, 2>& bias, const OutputArguments& y, int threads,
+             const std::optional<NormArguments>& norm_arguments, double epsilon) {
   const auto* weights = reinterpret_cast<const uint8_t*>(packed);
   const hb::Input input = input_of(x);
   const hb::InputFormat format = input_format(given, fixed);
@@ -154,8 +164,9 @@ void forward(const InputArguments& x, const FormatArguments& given, const std::o
   require(output.pixel_stride >= layer.outputs, "the output is narrower than the layer");
   nb::gil_scoped_release unlocked;
   std::vector<float> wide;
+  const hb::GroupNorm norm = norm_of(norm_arguments.value_or(NormArguments{}), epsilon, input);
   hb::forward({hb::default_isa(), threads, hb::parallel_for}, input, format, weights, reinterpret_cast<const float*>(weight_scale),
-              in_float32(bias, layer.outputs, wide), output);
+              in_float32(bias, layer.outputs, wide), output, norm_arguments ? &norm : nullptr);
 }
 
 // data, dtype, rows, values of a row; rows lie one after another.
@@ -254,5 +265,6 @@ NB_MODULE(_engine, m) {
   m.def("geglu", &geglu);
   m.def("group_norm", &group_norm);
   m.def("round_weights", &round_weights, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
-  m.def("forward", &forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+  m.def("forward", &forward, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg().none() = nb::none(), nb::arg() = 0.0);
 }

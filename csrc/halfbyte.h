@@ -115,6 +115,21 @@ struct Energy {
 Energy round_weights(const Run& run, const FloatRows& weights, const WeightFormat& format, const float* scales, uint8_t* codes,
                      uint8_t* multipliers);
 
+// Group norm of images with channels innermost: groups of neighbouring channels get mean 0 and variance 1, then every channel its
+// gain and offset (float32; null: 1 and 0), and SiLU where it is asked for; runtime/pointwise.py says how, in the same operations.
+// A group with a NaN or an infinity comes out as NaN.
+struct GroupNorm {
+  Dtype dtype = Dtype::float32;
+  int64_t images = 0, pixels = 0, channels = 0, groups = 1;
+  double epsilon = 1e-5;
+  bool silu = false;
+  const float* gain = nullptr;
+  const float* offset = nullptr;
+  const void* x = nullptr;
+  void* y = nullptr;
+  const float* shift = nullptr;  // (images, channels): is added to every pixel of x first; null: nothing
+};
+
 // ---- activations ------------------------------------------------------------------------------------------------------------
 
 // As recipe.ActivationSpec (without group): signed grids take absmax scales, unsigned ones min-max with an integer zero point.
@@ -141,7 +156,9 @@ struct Input {
 // A quantized input: one flat buffer, aligned to 64, that describes itself. Several layers with the same input (queries, keys,
 // values) may share one, where they ask for the same format and padding.
 size_t quantized_bytes(const Input& input, const Layer& layer);
-void quantize(const Run& run, const Input& input, const InputFormat& format, const Layer& layer, uint8_t* quantized);
+// With a norm: what that makes of the input, in its dtype, which is nowhere kept; its x and y are not looked at. The input is dense.
+void quantize(const Run& run, const Input& input, const InputFormat& format, const Layer& layer, uint8_t* quantized,
+              const GroupNorm* norm = nullptr);
 // For tests: the integers X (zero point taken off), (images, height, width, channels) without padding, and the scale of each image.
 void read_quantized(const uint8_t* quantized, int16_t* integers, float* scales);
 
@@ -162,7 +179,8 @@ void product(const Run& run, const uint8_t* quantized, const uint8_t* packed, co
              const Output& output);
 // `quantize` into scratch memory of this thread, then `product`.
 void forward(const Run& run, const Input& input, const InputFormat& format, const uint8_t* packed, const float* weight_scale,
-             const float* bias, const Output& output);
+             const float* bias, const Output& output, const GroupNorm* norm = nullptr);
+
 // ---- attention --------------------------------------------------------------------------------------------------------------
 
 // The vectors of one kind (queries, say) of the heads of some images: channels adjacent, strides in elements.
@@ -195,19 +213,6 @@ void gelu(const Run& run, Dtype dtype, const void* x, int64_t count, void* y);
 
 // GEGLU: the first half of every adjacent row of 2 * width values times the exact GELU of its second half; likewise.
 void geglu(const Run& run, Dtype dtype, const void* x, int64_t rows, int64_t width, void* y);
-
-// Group norm of images with channels innermost: groups of neighbouring channels get mean 0 and variance 1, then every channel its
-// gain and offset (float32; null: 1 and 0), and SiLU where it is asked for; likewise. A group with a NaN or an infinity comes out as NaN.
-struct GroupNorm {
-  Dtype dtype = Dtype::float32;
-  int64_t images = 0, pixels = 0, channels = 0, groups = 1;
-  double epsilon = 1e-5;
-  bool silu = false;
-  const float* gain = nullptr;
-  const float* offset = nullptr;
-  const void* x = nullptr;
-  void* y = nullptr;
-};
 
 void group_norm(const Run& run, const GroupNorm& call);
 

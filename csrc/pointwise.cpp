@@ -86,14 +86,26 @@ struct Norming {
           const int64_t at = (image * n.blocks + block) * channels + group * width + i;
           sum += double{n.sums[at]}, square += double{n.squares[at]};
         }
+      if (n.call.shift) n.add_shift(image, group, sum, square);
       const double mean = sum / count, variance = square / count - mean * mean;
       const double deviation = std::sqrt((variance < 0 ? 0 : variance) + n.call.epsilon);
       const float middle = static_cast<float>(mean), rate = static_cast<float>(1 / deviation);
       for (int64_t i = 0; i < width; i++) {
         const int64_t channel = group * width + i, at = image * channels + channel;
-        const float gain = n.call.gain ? rate * n.call.gain[channel] : rate;
-        n.gains[at] = gain, n.offsets[at] = (n.call.offset ? n.call.offset[channel] : 0.0f) - middle * gain;
+        const float gain = n.call.gain ? rate * n.call.gain[channel] : rate, shift = n.call.shift ? n.call.shift[at] : 0.0f;
+        n.gains[at] = gain, n.offsets[at] = (n.call.offset ? n.call.offset[channel] : 0.0f) - (middle - shift) * gain;
       }
+    }
+  }
+
+  // Sums of x + shift and of its square from those of x, channel after channel.
+  void add_shift(int64_t image, int64_t group, double& sum, double& square) const {
+    const int64_t width = call.channels / call.groups, pixels = call.pixels;
+    for (int64_t channel = group * width; channel < (group + 1) * width; channel++) {
+      const double shift = call.shift[image * call.channels + channel], all = shift * static_cast<double>(pixels);
+      double own = 0;
+      for (int64_t block = 0; block < blocks; block++) own += double{sums[(image * blocks + block) * call.channels + channel]};
+      sum += all, square += (2 * own + all) * shift;
     }
   }
 
@@ -135,7 +147,7 @@ void group_norm(const Run& run, const GroupNorm& call) {
   const int64_t blocks = divide_up(call.pixels, block_pixels);
   const int64_t task_blocks = std::max<int64_t>(1, part_values / (block_pixels * call.channels));
   const int64_t sums = call.images * blocks * call.channels, ends = call.images * call.channels;
-  auto* memory = reinterpret_cast<float*>(scratch(Slot::input, static_cast<size_t>(sums + ends) * 8));
+  auto* memory = reinterpret_cast<float*>(scratch(Slot::sums, static_cast<size_t>(sums + ends) * 8));
   Norming norming{call, kernels, blocks, task_blocks, divide_up(blocks, task_blocks), memory, memory + sums, memory + 2 * sums,
                   memory + 2 * sums + ends};
   const int tasks = static_cast<int>(call.images * norming.tasks);

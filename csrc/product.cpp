@@ -49,10 +49,10 @@ void product(const Run& run, const uint8_t* quantized, const uint8_t* packed, co
 }
 
 void forward(const Run& run, const Input& input, const InputFormat& format, const uint8_t* packed, const float* weight_scale,
-             const float* bias, const Output& output) {
+             const float* bias, const Output& output, const GroupNorm* norm) {
   const Layer layer = packed_header(packed).layer;
   uint8_t* quantized = scratch(Slot::input, quantized_bytes(input, layer));
-  quantize(run, input, format, layer, quantized);
+  quantize(run, input, format, layer, quantized, norm);
   product(run, quantized, packed, weight_scale, bias, output);
 }
 

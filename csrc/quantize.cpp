@@ -24,14 +24,16 @@ struct Job {
   Range* ranges = nullptr;  // of bands, where an image has several
   float* scales;
   int32_t* zeros;
+  Isa isa;
+  const GroupNorm* norm = nullptr;  // on the way
 
-  const char* pixel_row(int64_t image, int64_t y) const {
-    return static_cast<const char*>(input.data) + (image * input.image_stride + y * input.row_stride) * size_of(input.dtype);
+  const char* pixels(int64_t image) const {
+    return static_cast<const char*>(input.data) + image * input.image_stride * size_of(input.dtype);
   }
-  // Calls visit(pointer, values, offset of the first byte to write) for stretches of adjacent values in one pixel row.
+  // Calls visit(pointer, values, offset of the first byte to write) for stretches of adjacent values in one row of an image's pixels.
   template <typename Visit>
-  void each_stretch(int64_t image, int64_t y, Visit visit, bool whole_rows) const {
-    const char* row = pixel_row(image, y);
+  void each_stretch(int64_t image, const char* pixels, int64_t y, Visit visit, bool whole_rows) const {
+    const char* row = pixels + y * input.row_stride * size_of(input.dtype);
     const int64_t at = pixel_offset(header, image, y + header.pad_top, header.pad_left);
     if (whole_rows && input.pixel_stride == input.channels) return visit(row, input.width * input.channels, at);
     for (int64_t x = 0; x < input.width; x++)
@@ -61,17 +63,17 @@ void choose_scale(const Job& job, int64_t image, const Range& range) {
   job.scales[image] = scale, job.zeros[image] = zero;
 }
 
-Range range_of(const Job& job, int64_t image, int64_t from, int64_t to) {
+Range range_of(const Job& job, int64_t image, const char* pixels, int64_t from, int64_t to) {
   Range range;
   const bool only_absmax = job.format.fixed || table_of(job.format.grid).is_signed;
   const auto widen = [&](const char* values, int64_t count, int64_t) {
     job.kernels.range(values, job.input.dtype, count, only_absmax, &range);
   };
-  for (int64_t y = from; y < to; y++) job.each_stretch(image, y, widen, true);
+  for (int64_t y = from; y < to; y++) job.each_stretch(image, pixels, y, widen, true);
   return range;
 }
 
-void encode_rows(const Job& job, int64_t image, int64_t from, int64_t to) {
+void encode_rows(const Job& job, int64_t image, const char* pixels, int64_t from, int64_t to) {
   const QuantizedHeader& h = job.header;
   const GridTable& grid = table_of(job.format.grid);
   const float zero = grid.is_signed ? 0.0f : static_cast<float>(job.zeros[image]);
@@ -85,7 +87,7 @@ void encode_rows(const Job& job, int64_t image, int64_t from, int64_t to) {
   if (to == h.height && h.pad_bottom) fill(pixel_offset(h, image, h.pad_top + h.height, 0), h.pad_bottom * h.row_pitch);
   for (int64_t y = from; y < to; y++) {
     job.each_stretch(
-        image, y,
+        image, pixels, y,
         [&](const char* values, int64_t count, int64_t at) {
           job.kernels.encode(values, job.input.dtype, count, encoding, job.quantized + at);
         },
@@ -95,25 +97,44 @@ void encode_rows(const Job& job, int64_t image, int64_t from, int64_t to) {
   }
 }
 
+// What a norm makes of an input, in scratch memory of this thread.
+Input normed(const Run& run, const Input& input, const GroupNorm& norm) {
+  const int64_t pixels = input.height * input.width, values = input.images * pixels * input.channels;
+  Input found = input;
+  found.data = scratch(Slot::panel, static_cast<size_t>(values * size_of(input.dtype)));
+  group_norm(run, {input.dtype, input.images, pixels, input.channels, norm.groups, norm.epsilon, norm.silu, norm.gain, norm.offset,
+                   input.data, const_cast<void*>(found.data), norm.shift});
+  return found;
+}
+
+const char* normed_image(const Job& job, int64_t image) {
+  Input one = job.input;
+  one.images = 1, one.data = job.pixels(image);
+  GroupNorm norm = *job.norm;
+  if (norm.shift) norm.shift += image * one.channels;
+  return static_cast<const char*>(normed({job.isa, 1, parallel_for}, one, norm).data);
+}
+
 void run_images(void* raw, int task) {
   const Job& job = *static_cast<Job*>(raw);
   const int64_t from = task * job.band_images, to = std::min(from + job.band_images, job.header.images);
   for (int64_t image = from; image < to; image++) {
-    choose_scale(job, image, range_of(job, image, 0, job.header.height));
-    encode_rows(job, image, 0, job.header.height);
+    const char* pixels = job.norm ? normed_image(job, image) : job.pixels(image);
+    choose_scale(job, image, range_of(job, image, pixels, 0, job.header.height));
+    encode_rows(job, image, pixels, 0, job.header.height);
   }
 }
 
 void run_ranges(void* raw, int task) {
   const Job& job = *static_cast<Job*>(raw);
   const int64_t image = task / job.bands_per_image, from = task % job.bands_per_image * job.band_rows;
-  job.ranges[task] = range_of(job, image, from, std::min(from + job.band_rows, job.header.height));
+  job.ranges[task] = range_of(job, image, job.pixels(image), from, std::min(from + job.band_rows, job.header.height));
 }
 
 void run_encodes(void* raw, int task) {
   const Job& job = *static_cast<Job*>(raw);
   const int64_t image = task / job.bands_per_image, from = task % job.bands_per_image * job.band_rows;
-  encode_rows(job, image, from, std::min(from + job.band_rows, job.header.height));
+  encode_rows(job, image, job.pixels(image), from, std::min(from + job.band_rows, job.header.height));
 }
 
 void join_ranges(const Job& job) {
@@ -128,7 +149,7 @@ void join_ranges(const Job& job) {
   }
 }
 
-void check(const Input& input, const InputFormat& format, const Layer& layer) {
+void check(const Input& input, const InputFormat& format, const Layer& layer, const GroupNorm* norm) {
   const GridTable& grid = table_of(format.grid);
   const int step = format.max_multiple ? format.max_multiple : 1 << format.max_shift;
   const int largest = std::max(format.top, std::max(grid.top, -grid.bottom) * step);
@@ -143,6 +164,11 @@ void check(const Input& input, const InputFormat& format, const Layer& layer) {
   if (format.subgroup < 1 || format.subgroup > 1024) throw std::invalid_argument("a subgroup of an input holds 1 to 1024 values");
   if (format.truncate && !(format.max_shift && grid.contiguous))
     throw std::invalid_argument("truncation needs shifts and an integer grid");
+  const bool dense = input.pixel_stride == input.channels && input.row_stride == input.width * input.channels &&
+                     input.image_stride == input.height * input.row_stride;
+  if (norm && !dense) throw std::invalid_argument("images with gaps cannot be normed on the way");
+  if (norm && (norm->groups <= 0 || input.channels % norm->groups))
+    throw std::invalid_argument("group norm: the groups must share the channels evenly");
   if (format.fixed && (!(format.scale > 0) || !std::isfinite(format.scale) || format.zero < 0 || format.zero > 255))
     throw std::invalid_argument("a fixed scale must be finite and above 0, its zero point 0 to 255");
 }
@@ -177,9 +203,10 @@ QuantizedHeader quantized_header(const uint8_t* quantized) {
 
 size_t quantized_bytes(const Input& input, const Layer& layer) { return static_cast<size_t>(plan_quantized(input, layer).bytes); }
 
-void quantize(const Run& run, const Input& input, const InputFormat& format, const Layer& layer, uint8_t* quantized) {
-  check(input, format, layer);
-  Job job{input, format, plan_quantized(input, layer), kernels_of(run.isa), quantized, 1, 1, 1, nullptr, nullptr, nullptr};
+void quantize(const Run& run, const Input& input, const InputFormat& format, const Layer& layer, uint8_t* quantized,
+              const GroupNorm* norm) {
+  check(input, format, layer, norm);
+  Job job{input, format, plan_quantized(input, layer), kernels_of(run.isa), quantized, 1, 1, 1, nullptr, nullptr, nullptr, run.isa};
   const QuantizedHeader& h = job.header;
   std::memcpy(quantized, &h, sizeof h);
   job.scales = reinterpret_cast<float*>(quantized + h.scales), job.zeros = reinterpret_cast<int32_t*>(quantized + h.zeros);
@@ -190,10 +217,12 @@ void quantize(const Run& run, const Input& input, const InputFormat& format, con
   job.band_rows = std::clamp<int64_t>(band_values / row_values, 1, std::max<int64_t>(1, h.height));
   job.band_images = std::max<int64_t>(1, band_values / (row_values * std::max<int64_t>(1, h.height)));
   job.bands_per_image = (h.height + job.band_rows - 1) / job.band_rows;
-  if (job.bands_per_image <= 1 || run.threads <= 1) {
+  if (job.bands_per_image <= 1 || run.threads <= 1 || h.images >= 2 * run.threads) {  // an image at a time, while it is in the cache
+    job.norm = norm;
     run.parallel(static_cast<int>((h.images + job.band_images - 1) / job.band_images), run.threads, run_images, &job);
     return;
   }
+  if (norm) return quantize(run, normed(run, input, *norm), format, layer, quantized);
   const int bands = static_cast<int>(h.images * job.bands_per_image);
   job.ranges = reinterpret_cast<Range*>(scratch(Slot::rows, static_cast<size_t>(bands) * sizeof(Range)));
   run.parallel(bands, run.threads, run_ranges, &job);

@@ -53,11 +53,14 @@ double error_of(GroupNorm call, Some& x) {
         for (int64_t p = 0; p < call.pixels; p++)
           for (int64_t c = group * width; c < (group + 1) * width; c++) look((image * call.pixels + p) * call.channels + c, c);
       };
-      each([&](int64_t at, int64_t) { sum += load(x.data(), call.dtype, at); });
+      const auto value = [&](int64_t at, int64_t c) {
+        return load(x.data(), call.dtype, at) + (call.shift ? double{call.shift[image * call.channels + c]} : 0.0);
+      };
+      each([&](int64_t at, int64_t c) { sum += value(at, c); });
       const double count = static_cast<double>(call.pixels * width), mean = sum / count;
-      each([&](int64_t at, int64_t) { square += std::pow(load(x.data(), call.dtype, at) - mean, 2); });
+      each([&](int64_t at, int64_t c) { square += std::pow(value(at, c) - mean, 2); });
       each([&](int64_t at, int64_t c) {
-        const double plain = (load(x.data(), call.dtype, at) - mean) / std::sqrt(square / count + call.epsilon);
+        const double plain = (value(at, c) - mean) / std::sqrt(square / count + call.epsilon);
         const double affine = plain * call.gain[c] + call.offset[c], exact = call.silu ? affine / (1 + std::exp(-affine)) : affine;
         noise += std::pow(load(found.data() + 1, call.dtype, at) - exact, 2), signal += exact * exact;
       });
@@ -122,7 +125,9 @@ void test_group_norms() {
       const int64_t count = call.images * call.pixels * call.channels;
       Some x(dtype, count, trial % 4 ? 2.0f : 0.0f);
       if (trial % 5 == 4) store(x.data(), dtype, uniform(0, count - 1), trial % 2 ? std::nanf("") : INFINITY);
-      std::vector<float> gain(static_cast<size_t>(call.channels)), offset(gain);
+      std::vector<float> gain(static_cast<size_t>(call.channels)), offset(gain), shift(static_cast<size_t>(call.images * call.channels));
+      for (float& value : shift) value = 0.01f * static_cast<float>(uniform(-300, 300));
+      if (trial % 3 == 1) call.shift = shift.data();
       for (float& value : gain) value = 0.01f * static_cast<float>(uniform(-200, 200));
       for (float& value : offset) value = 0.01f * static_cast<float>(uniform(-200, 200));
       call.x = x.data();

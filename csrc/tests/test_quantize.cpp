@@ -12,10 +12,10 @@ struct Read {
   std::vector<float> scales;
 };
 
-Read quantize_with(const Run& run, const Input& input, const InputFormat& format, const Layer& layer) {
+Read quantize_with(const Run& run, const Input& input, const InputFormat& format, const Layer& layer, const GroupNorm* norm = nullptr) {
   std::vector<uint8_t> memory(quantized_bytes(input, layer) + 64);
   uint8_t* quantized = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-  quantize(run, input, format, layer, quantized);
+  quantize(run, input, format, layer, quantized, norm);
   Read read{std::vector<int16_t>(static_cast<size_t>(input.images * input.height * input.width * input.channels)),
             std::vector<float>(static_cast<size_t>(input.images))};
   read_quantized(quantized, read.integers.data(), read.scales.data());
@@ -57,9 +57,48 @@ void test_every_step(const InputFormat& format) {
   compare({values.data(), Dtype::float32, limit + 1, 1, 1, 128, 128, 128, 128}, fixed, layer);
 }
 
+// A norm on the way against a norm before, whose output is kept.
+void test_norms_on_the_way() {
+  for (Dtype dtype : dtypes)
+    for (int trial = 0; trial < 12; trial++) {
+      const int64_t groups = uniform(1, 4), channels = groups * uniform(1, 20), images = trial % 2 ? 9 : 2, height = uniform(1, 40);
+      const int64_t width = uniform(1, 20), count = images * height * width * channels;
+      Layer layer;
+      layer.inputs = channels, layer.outputs = 1, layer.kernel_h = layer.kernel_w = 3, layer.pad_top = layer.pad_left = trial % 3;
+      std::vector<uint8_t> x(static_cast<size_t>(count * size_of(dtype))), y(x);
+      std::vector<float> shift(static_cast<size_t>(images * channels));
+      for (int64_t i = 0; i < count; i++) store(x.data(), dtype, i, 0.1f * static_cast<float>(uniform(-50, 80)));
+      for (float& value : shift) value = 0.1f * static_cast<float>(uniform(-50, 80));
+      if (trial == 5) store(x.data(), dtype, uniform(0, count - 1), INFINITY);
+      GroupNorm norm{dtype, images, height * width, channels, groups, 1e-5, trial % 4 < 2};
+      norm.x = x.data(), norm.y = y.data(), norm.shift = trial % 4 ? shift.data() : nullptr;
+      group_norm({}, norm);
+      Input input{x.data(), dtype, images, height, width, channels, height * width * channels, width * channels, channels};
+      Input kept = input;
+      kept.data = y.data();
+      norm.x = norm.y = nullptr;
+      InputFormat format;
+      if (trial % 2) format.grid = Grid::uint8, format.top = 255;
+      const Read expected = quantize_with({}, kept, format, layer);
+      for (Isa isa : fast_isas())
+        for (int threads : {1, 3}) {
+          const Read got = quantize_with({isa, threads, parallel_for}, input, format, layer, &norm);
+          check(got.integers == expected.integers && same_floats(got.scales, expected.scales),
+                std::string(isa_name(isa)) + " norms on the way");
+        }
+    }
+  const float one[6] = {};
+  Layer layer;
+  layer.inputs = 3;
+  std::vector<uint8_t> memory(4096);
+  const GroupNorm norm{Dtype::float32, 1, 1, 3, 1};
+  check_throws([&] { quantize({}, {one, Dtype::float32, 1, 1, 1, 3, 6, 6, 4}, {}, layer, memory.data(), &norm); }, "images with gaps");
+}
+
 }  // namespace
 
 void test_quantize() {
+  test_norms_on_the_way();
   for (const InputFormat& format : input_formats()) {
     for (Dtype dtype : dtypes)
       for (int64_t channels : {1, 7, 15, 16, 17, 33, 64, 100, 1030}) {

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from diffusers.models import activations, resnet, upsampling
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from halfbyte.runtime.between import GroupNorm, StandIns, takes
+from halfbyte.runtime.layers import PackedConv2d
 from halfbyte.runtime.pointwise import geglu, gelu
 
 MOST_UPSAMPLED = 2**31  # values, beyond which torch's upsampling fails with channels innermost (pytorch issue 141831)
@@ -30,20 +32,33 @@ class EngineGEGLU(activations.GEGLU):
 
 
 class EngineResnetBlock2D(resnet.ResnetBlock2D):
-    """A residual block whose norms and SiLUs are one step each, and whose sums are made in place."""
+    """A residual block that quantizes the output of its norms and SiLUs at once, and whose sums are made in place."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not takes(input_tensor) or not self.is_plain():
             return super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[no-any-return]
-        hidden = self.conv1(self.norm1(input_tensor, silu=True))
-        if self.time_emb_proj is not None:
-            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
-        if temb is not None:
-            hidden = add_to_output(self.conv1, hidden, temb)
-        hidden = self.conv2(self.dropout(self.norm2(hidden, silu=True)))
+        hidden = after_norm(self.norm1, self.conv1, input_tensor)
+        if hidden is None:
+            hidden = self.conv1(self.norm1(input_tensor, silu=True))
+        hidden = self.second(hidden, temb)
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         hidden = add_to_output(self.conv2, hidden, shortcut)
         return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
+
+    def second(self, hidden: Tensor, temb: Tensor | None) -> Tensor:
+        """The second convolution of the first one's output."""
+        shift = None
+        if self.time_emb_proj is not None:
+            shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        found = None
+        if (temb is None or shift is not None) and is_bare(self.dropout):
+            found = after_norm(self.norm2, self.conv2, hidden, shift)
+        if found is not None:
+            return found
+        temb = temb if shift is None else shift[:, :, None, None]
+        if temb is not None:
+            hidden = add_to_output(self.conv1, hidden, temb)
+        return self.conv2(self.dropout(self.norm2(hidden, silu=True)))  # type: ignore[no-any-return]
 
     def is_plain(self) -> bool:
         """Whether its options are those of most models: no resampling, no norm that depends on the timestep."""
@@ -80,9 +95,22 @@ class EngineTransformer2DModel(Transformer2DModel):
         return add_to_output(self.proj_out, image if self.use_linear_projection else self.proj_out(image), residual)
 
 
+def after_norm(norm: GroupNorm, conv: nn.Module, x: Tensor, shift: Tensor | None = None) -> Tensor | None:
+    """conv(SiLU(norm(x + shift))) in one step of the engine; None where there is none, or somebody looks at what lies between."""
+    if not isinstance(conv, PackedConv2d) or not is_bare(norm) or not is_bare(conv):
+        return None
+    return conv.after_norm(norm, x, shift)
+
+
 def add_to_output(layer: nn.Module, output: Tensor, other: Tensor) -> Tensor:
-    """The sum, in place where nobody else can hold the layer's output: no hook of the layer."""
-    return output + other if layer._forward_hooks or output.dtype != other.dtype else output.add_(other)
+    """The sum, in place where nobody else can hold the layer's output."""
+    return output.add_(other) if is_bare(layer) and output.dtype == other.dtype else output + other
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling a module is its class's forward and nothing else: no hooks, no forward of its own (accelerate's, say)."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()
+    return not hooked and "forward" not in module.__dict__
 
 
 ENGINE_BLOCKS: StandIns = {  # for `runtime.between.STAND_INS`

@@ -29,6 +29,8 @@ def forward(
     bias: tuple[int, int],
     y: Sequence[int],
     threads: int,
+    norm: Sequence[int] | None = None,
+    epsilon: float = 0.0,
 ) -> None: ...
 def attend(
     images: int,

@@ -86,11 +86,14 @@ def from_tiles(layer: Any, tiles: Tensor) -> tuple[Tensor, Tensor | None]:
     return codes, multipliers
 
 
-def forward(layer: Any, plan: Plan, x: Tensor, chosen: int = 0, fixed: FixedScale | None = None) -> Tensor:
+def forward(
+    layer: Any, plan: Plan, x: Tensor, chosen: int = 0, fixed: FixedScale | None = None, norm: tuple[Any, ...] | None = None
+) -> Tensor:
     """A whole packed layer: float input to float output, in the engine.
 
     Args:
         chosen: which set of weights, where there are several. fixed: the calibrated scale of the input, where it has one.
+        norm: of a convolution's input, as `engine.norm_conv2d` takes it.
     Raises:
         PackedError: when the input does not have the layer's number of channels, or is smaller than its kernel.
     """
@@ -100,7 +103,8 @@ def forward(layer: Any, plan: Plan, x: Tensor, chosen: int = 0, fixed: FixedScal
     weights = tiles, layer._buffers["weight_scale"], layer._parameters.get("bias"), plan.format, *calibrated
     if isinstance(layer, nn.Linear):
         return engine.linear(x, *weights)  # type: ignore[no-any-return]
-    return plan.over_images(layer, x, lambda images, last: engine.conv2d(images, plan.sizes, last, *weights))
+    run = engine.conv2d if norm is None else engine.norm_conv2d
+    return plan.over_images(layer, x, lambda images, last: run(images, *(norm or ()), plan.sizes, last, *weights))
 
 
 def takes(x: Tensor) -> bool:

@@ -2,13 +2,14 @@
 
     halfbyte::linear    x (..., K)        -> (..., N)             in the dtype of x
     halfbyte::conv2d    x (B, C, H, W)    -> (B, N, H', W')       in the dtype of x; channels-last or contiguous, as asked
+    halfbyte::norm_conv2d   the same of SiLU(group norm(x + shift)), which is nowhere kept
     halfbyte::attention query, key, value (B, H, tokens, channels) -> (B, H, L, E)     in the dtype of the query
     halfbyte::gelu      x (...)           -> the same            by tanh
     halfbyte::geglu     x (..., 2 C)      -> (..., C)            exact
     halfbyte::group_norm    x (N, C, ...) -> the same            channels innermost in memory; SiLU after it, if asked for
     halfbyte::pack      codes, multipliers  -> (bytes,)          uint8: the weights of both, re-ordered
 
-The first two quantize their input, multiply exactly in integers with weights that stay 4-bit in memory, scale and add the bias.
+The first three quantize their input, multiply exactly in integers with weights that stay 4-bit in memory, scale and add the bias.
 A row of a linear input, or an image of a convolution, that holds a NaN or an infinity comes out as NaN, and no other does.
 
 The engine links no torch: tensors cross as addresses. What it must be able to rely on (device, dtype, strides) is checked or made
@@ -48,7 +49,10 @@ LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, float factor, 
 LIBRARY.define("gelu(Tensor x) -> Tensor")
 LIBRARY.define("geglu(Tensor x) -> Tensor")
 LIBRARY.define("group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float epsilon, bool silu=False) -> Tensor")
-LIBRARY.define(f"conv2d(Tensor x, int[] sizes, bool channels_last, {_WEIGHTS}, {_FIXED}) -> Tensor")
+_CONV2D = f"int[] sizes, bool channels_last, {_WEIGHTS}, {_FIXED}"
+_NORM = "int groups, Tensor? gain, Tensor? offset, float epsilon, Tensor? shift"
+LIBRARY.define(f"conv2d(Tensor x, {_CONV2D}) -> Tensor")
+LIBRARY.define(f"norm_conv2d(Tensor x, {_NORM}, {_CONV2D}) -> Tensor")
 
 
 def _fresh(y: Tensor) -> Tensor:
@@ -72,14 +76,39 @@ def _linear_output(x: Tensor, _tiles: Tensor, weight_scale: Tensor, *_: Any) -> 
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
-def _conv2d(x: Tensor, sizes: Sequence[int], channels_last: bool, *weights: Any) -> Tensor:
+def _conv2d(x: Tensor, sizes: Sequence[int], channels_last: bool, *weights: Any, **norm: Any) -> Tensor:
     y = _fresh(_conv2d_output(x, sizes, True))
     if y.numel():
         images = x.contiguous(memory_format=torch.channels_last)
         count, channels, height, width = x.shape
         strides = (height * width * channels, width * channels, channels)  # those of axes of length 1 may say anything
-        _call(images, (count, height, width, channels, *strides), y, *weights)
+        _call(images, (count, height, width, channels, *strides), y, *weights, **norm)
     return y if channels_last else y.contiguous()
+
+
+def _norm_conv2d(
+    x: Tensor,
+    groups: int,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    epsilon: float,
+    shift: Tensor | None,
+    sizes: Sequence[int],
+    channels_last: bool,
+    *weights: Any,
+) -> Tensor:
+    """gain, offset: (C,). shift: (B, C), added to the pixels of its image before the norm."""
+    if any(one is not None and one.shape != x.shape[1:2] for one in (gain, offset)):
+        raise PackedError(f"group norm of {x.shape[1]} channels takes as many gains and offsets")
+    if shift is not None and shift.shape != x.shape[:2]:
+        raise PackedError(f"a shift of {x.shape[1]} channels is one of each image, {tuple(x.shape[:2])}; got {tuple(shift.shape)}")
+    given = [None if one is None else one.float().contiguous() for one in (gain, offset, shift)]
+    norm = groups, 1, *(0 if one is None else one.data_ptr() for one in given)
+    return _conv2d(x, sizes, channels_last, *weights, norm=norm, epsilon=epsilon)
+
+
+def _norm_conv2d_output(x: Tensor, _groups: int, _gain: Any, _offset: Any, _epsilon: float, _shift: Any, *rest: Any) -> Tensor:
+    return _conv2d_output(x, *rest)
 
 
 def _conv2d_output(x: Tensor, sizes: Sequence[int], channels_last: bool, *_: Any) -> Tensor:
@@ -98,11 +127,14 @@ def _call(
     format: Sequence[int],
     scale: Tensor | None = None,
     zero: Tensor | None = None,
+    norm: tuple[int, ...] | None = None,
+    epsilon: float = 0.0,
 ) -> None:
     """One call of the engine.
 
     Args:
         x, y: channels innermost. extent: images, height, width and channels of x, and the strides of the first three.
+        norm: of x before it is quantized: groups, whether SiLU follows, addresses of gain, offset and shift.
     """
     outputs = weight_scale.shape[0]
     if weight_scale.dtype != torch.float32 or not weight_scale.is_contiguous() or weight_scale.numel() != outputs:
@@ -121,6 +153,8 @@ def _call(
             (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype]),
             (y.data_ptr(), DTYPES[y.dtype], outputs),
             torch.get_num_threads(),
+            norm,
+            epsilon,
         )
     except ValueError as error:
         raise PackedError(f"the C++ engine refuses: {error}") from error
@@ -202,17 +236,20 @@ def _group_norm_output(x: Tensor, *_: Any) -> Tensor:
 
 LIBRARY.impl("linear", _linear, "CPU")
 LIBRARY.impl("conv2d", _conv2d, "CPU")
+LIBRARY.impl("norm_conv2d", _norm_conv2d, "CPU")
 LIBRARY.impl("attention", _attention, "CPU")
 LIBRARY.impl("gelu", _gelu, "CPU")
 LIBRARY.impl("geglu", _geglu, "CPU")
 LIBRARY.impl("group_norm", _group_norm, "CPU")
 torch.library.register_fake("halfbyte::linear", _linear_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::conv2d", _conv2d_output, lib=LIBRARY)
+torch.library.register_fake("halfbyte::norm_conv2d", _norm_conv2d_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::attention", _attention_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::gelu", _gelu_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::geglu", _geglu_output, lib=LIBRARY)
 torch.library.register_fake("halfbyte::group_norm", _group_norm_output, lib=LIBRARY)
 linear, conv2d = torch.ops.halfbyte.linear.default, torch.ops.halfbyte.conv2d.default
+norm_conv2d = torch.ops.halfbyte.norm_conv2d.default
 attention = torch.ops.halfbyte.attention.default
 gelu, geglu, group_norm = (getattr(torch.ops.halfbyte, name).default for name in ("gelu", "geglu", "group_norm"))
 

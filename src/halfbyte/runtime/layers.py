@@ -233,6 +233,20 @@ class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]
         made.channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         return made
 
+    def after_norm(self, norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor | None:
+        """This layer's output for SiLU(norm(x + shift)), of which nothing is kept; None where the C++ engine does not run it so.
+
+        Args:
+            x: float (B, C, H, W). shift: float (B, C).
+        """
+        plan = engine_plan(self, x)
+        if not isinstance(plan, cpu.Plan) or plan.grow or self._buffers["input_scale"] is not None or x.ndim != 4:
+            return None
+        chosen, fixed = self.chosen_set(), self.fixed_scale(x)
+        if fixed is not None and fixed.scale.ndim:
+            return None
+        return cpu.forward(self, plan, x, chosen, fixed, (norm.num_groups, norm.weight, norm.bias, norm.eps, shift))
+
     def makes_channels_last(self, x: Tensor) -> bool:
         return self.channels_last or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 

@@ -6,7 +6,8 @@
 
 Powers of two: a whole number and a fraction within half, whose power is six terms of its series. The tail: 2**(-x**2 / 2 log2 e)
 times a polynomial in 1 / (1 + 0.3125 x), to a relative error of 6e-6. A group norm adds the values and squares of 64 pixels in
-float32, channel by channel, such blocks in float64, and gives each channel a factor and an offset.
+float32, channel by channel, such blocks in float64, and gives each channel a factor and an offset. What is added to a channel
+before the norm changes these alone.
 
 Results are torch's to a rounding of a 16-bit type, or to 1e-6. Nothing depends on the number of threads or the width of vectors,
 so the C++ engine (csrc/pointwise.h) gives the same bits on every instruction set. Here is the same in torch.
@@ -93,8 +94,16 @@ def _power(x: Tensor) -> Tensor:
     return torch.ldexp(power, whole - 1) * 2  # 2**128 itself is infinite
 
 
-def normed(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, epsilon: float, silu: bool = False) -> Tensor:
-    """`group_norm` in plain torch."""
+def normed(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+    silu: bool = False,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """`group_norm` in plain torch; of x + shift where there is one, (N, C)."""
     pixels = x.movedim(1, -1)
     flat = pixels.flatten(1, -2).float() if x.ndim > 2 else pixels.unsqueeze(1).float()
     images, count, channels = flat.shape
@@ -104,19 +113,25 @@ def normed(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, e
     for pixel in blocks.unbind(2):
         sums, squares = sums + pixel, squares + pixel * pixel
     size = count * (channels // groups)
-    mean = _in_order(sums, groups) / size
-    variance = (_in_order(squares, groups) / size - mean * mean).clamp(min=0)
+    more = more_squares = None  # that a shift adds to each channel's sum, and to that of its squares
+    if shift is not None:
+        more = shift.double() * count
+        more_squares = (2 * sums.double().cumsum(1)[:, -1] + more) * shift.double()
+    mean = _in_order(sums, groups, more) / size
+    variance = (_in_order(squares, groups, more_squares) / size - mean * mean).clamp(min=0)
     gain, middle = (one.float().repeat_interleave(channels // groups, 1) for one in (1 / (variance + epsilon).sqrt(), mean))
     gain = gain if weight is None else gain * weight.float()
-    offset = (0 if bias is None else bias.float()) - middle * gain
+    offset = (0 if bias is None else bias.float()) - (middle if shift is None else middle - shift.float()) * gain
     found: Tensor = flat * gain.unsqueeze(1) + offset.unsqueeze(1)
     if silu:
         found = found / (_power(found * -math.log2(math.e)) + 1)
     return found.view(pixels.shape).movedim(-1, 1).to(x.dtype)
 
 
-def _in_order(sums: Tensor, groups: int) -> Tensor:
-    """Sums of blocks (N, B, C) over blocks and the channels of a group, one after another: float64 (N, groups)."""
+def _in_order(sums: Tensor, groups: int, more: Tensor | None) -> Tensor:
+    """Sums of blocks (N, B, C) over blocks and channels of a group, then `more` (N, C), one after another: float64 (N, groups)."""
     parts = sums.double().unflatten(-1, (groups, -1)).transpose(1, 2).flatten(2)
+    if more is not None:
+        parts = torch.cat([parts, more.unflatten(-1, (groups, -1))], -1)
     found: Tensor = parts.cumsum(-1)[..., -1]
     return found
