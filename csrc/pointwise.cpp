@@ -1,6 +1,7 @@
 // The drivers of what stands between layers: GELU, GEGLU and group norms.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 
 #include "dispatch.h"
@@ -42,6 +43,9 @@ struct Gates {
       g.kernels.geglu(g.dtype, g.x + row * 2 * bytes, g.x + (row * 2 + 1) * bytes, g.width, g.y + row * bytes);
   }
 };
+
+// The one NaN in place of any, which the kernels can round.
+float plain(float value) { return std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value; }
 
 struct Norming {
   const GroupNorm& call;
@@ -93,7 +97,8 @@ struct Norming {
       for (int64_t i = 0; i < width; i++) {
         const int64_t channel = group * width + i, at = image * channels + channel;
         const float gain = n.call.gain ? rate * n.call.gain[channel] : rate, shift = n.call.shift ? n.call.shift[at] : 0.0f;
-        n.gains[at] = gain, n.offsets[at] = (n.call.offset ? n.call.offset[channel] : 0.0f) - (middle - shift) * gain;
+        const float offset = (n.call.offset ? n.call.offset[channel] : 0.0f) - (middle - shift) * gain;
+        n.gains[at] = plain(gain), n.offsets[at] = plain(offset);
       }
     }
   }

@@ -70,10 +70,11 @@ struct Pointwise {
     std::memcpy(to, &pairs, sizeof pairs);
   }
 
-  // Rounded in the upper halves; the lower ones are not cleared.
+  // Rounded in the upper halves; the lower ones are not cleared. A NaN stays one: all come from values of bfloat16 or from operations,
+  // whose lower halves are 0, or from gains and offsets, where the driver sees to it.
   static inline Words to_bfloat16(Floats values) {
     const Words bits = (Words)values;
-    return (Ints)(bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+    return bits + 0x7fff + (bits >> 16 & 1);
   }
 
   // Factors of 2 W channels in the order of `read_two`.
@@ -112,11 +113,8 @@ struct Pointwise {
     constexpr float whole = 0x1.8p23f;  // adding it leaves no digits below 1
     x = smaller(larger(x, Floats{} - 125.0f), Floats{} + 128.0f);
     const Floats shifted = x + whole, fraction = x - (shifted - whole);
-    Floats found = fraction * 0x1.5d87fep-10f + 0x1.3b2ab6p-7f;  // ln(2)**n / n!
-    found = found * fraction + 0x1.c6b08ep-5f;
-    found = found * fraction + 0x1.ebfbep-3f;
-    found = found * fraction + 0x1.62e43p-1f;
-    found = found * fraction + 1.0f;
+    Floats found = fraction * power_series[0] + power_series[1];
+    for (int i = 2; i < 5; i++) found = found * fraction + power_series[i];
     return (Floats)((Ints)found + ((Ints)shifted << 23));
   }
 

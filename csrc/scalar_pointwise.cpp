@@ -10,8 +10,8 @@ namespace {
 float power(float x) {
   const float bounded = x > -125.0f ? (x < 128.0f ? x : 128.0f) : -125.0f, whole = std::nearbyint(bounded);
   const float fraction = bounded - whole;
-  float found = fraction * 0x1.5d87fep-10f + 0x1.3b2ab6p-7f;
-  for (const float coefficient : {0x1.c6b08ep-5f, 0x1.ebfbep-3f, 0x1.62e43p-1f, 1.0f}) found = found * fraction + coefficient;
+  float found = power_series[0];
+  for (int i = 1; i < 5; i++) found = found * fraction + power_series[i];
   return float_of_bits(bits_of_float(found) + (static_cast<uint32_t>(static_cast<int32_t>(whole)) << 23));
 }
 
