@@ -185,26 +185,6 @@ void any_wide(const uint8_t* const* row, int count, const Walk& walk, const uint
   wide_tiles[count - 1](row, walk, panel, sums);
 }
 
-constexpr Kernels wide_kernels = {
-    .rows = 3,
-    .blocks = 1,
-    .chunk_bytes = panel_chunk,
-    .panel_budget = 256 * 1024,
-    .range = avx2_range,
-    .encode = avx2_encode,
-    .decode = avx2_decode,
-    .tile = any_wide,
-    .finish = avx2_finish,
-    .search = avx2_search,
-    .round = avx2_round,
-    .soften = avx2_soften,
-    .gather = avx2_gather,
-    .gelu = avx2_gelu,
-    .geglu = avx2_geglu,
-    .sum_pixels = avx2_sum_pixels,
-    .scale_pixels = avx2_scale_pixels,
-};
-
 }  // namespace
 
 // The low bytes of products in 16 bits: those of even bytes as they are, those of odd bytes with the even ones out of their way.
@@ -221,20 +201,39 @@ void avx2_decode(const Nibbles& from, uint8_t* panel) {
     }
 }
 
+Kernels avx2_steps() {
+  return {
+      .chunk_bytes = panel_chunk,
+      .panel_budget = 256 * 1024,
+      .range = avx2_range,
+      .encode = avx2_encode,
+      .decode = avx2_decode,
+      .finish = avx2_finish,
+      .search = avx2_search,
+      .round = avx2_round,
+      .soften = avx2_soften,
+      .gather = avx2_gather,
+      .gelu = avx2_gelu,
+      .geglu = avx2_geglu,
+      .sum_pixels = avx2_sum_pixels,
+      .scale_pixels = avx2_scale_pixels,
+  };
+}
+
 const Kernels* avx2_kernels() {
   static const Kernels narrow = [] {
-    Kernels k = wide_kernels;
-    k.chunk_bytes = 4 * narrow_sixteenth, k.decode = decode_narrow, k.tile = any_narrow;
+    Kernels k = avx2_steps();
+    k.rows = 3, k.chunk_bytes = 4 * narrow_sixteenth, k.decode = decode_narrow, k.tile = any_narrow;
     return k;
   }();
   static const Kernels attention = [] {
-    Kernels k = wide_kernels;
+    Kernels k = avx2_steps();
     k.rows = pair_rows, k.blocks = pair_blocks, k.code_bytes = 2, k.tile = any_pair, k.soften = avx2_soften_pairs;
     return k;
   }();
   static const Kernels kernels = [] {
-    Kernels k = wide_kernels;
-    k.narrow = &narrow, k.attention = &attention;
+    Kernels k = avx2_steps();
+    k.rows = 3, k.tile = any_wide, k.narrow = &narrow, k.attention = &attention;
     return k;
   }();
   return &kernels;

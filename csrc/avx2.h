@@ -5,6 +5,8 @@
 
 namespace halfbyte {
 
+Kernels avx2_steps();  // all but the products
+
 void avx2_range(const void* values, Dtype dtype, int64_t count, bool only_absmax, Range* range);
 void avx2_encode(const void* values, Dtype dtype, int64_t count, const Encoding& encoding, uint8_t* out);
 void avx2_finish(const int32_t* sums, int sum_stride, const Epilogue& epilogue, const Rows& rows);

@@ -46,25 +46,11 @@ void any_tile(const uint8_t* const* row, int count, const Walk& walk, const uint
 }  // namespace
 
 const Kernels* avx_vnni_kernels() {
-  static const Kernels kernels = {
-      .rows = tile_rows,
-      .blocks = 1,
-      .chunk_bytes = panel_chunk,
-      .panel_budget = 512 * 1024,
-      .range = avx2_range,
-      .encode = avx2_encode,
-      .decode = avx2_decode,
-      .tile = any_tile,
-      .finish = avx2_finish,
-      .search = avx2_search,
-      .round = avx2_round,
-      .soften = avx2_soften,
-      .gather = avx2_gather,
-      .gelu = avx2_gelu,
-      .geglu = avx2_geglu,
-      .sum_pixels = avx2_sum_pixels,
-      .scale_pixels = avx2_scale_pixels,
-  };
+  static const Kernels kernels = [] {
+    Kernels k = avx2_steps();
+    k.rows = tile_rows, k.panel_budget = 512 * 1024, k.tile = any_tile;
+    return k;
+  }();
   return &kernels;
 }
 
