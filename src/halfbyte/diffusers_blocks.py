@@ -61,9 +61,10 @@ class EngineResnetBlock2D(resnet.ResnetBlock2D):
         return self.conv2(self.dropout(self.norm2(hidden, silu=True)))  # type: ignore[no-any-return]
 
     def is_plain(self) -> bool:
-        """Whether its options are those of most models: no resampling, no norm that depends on the timestep."""
+        """Whether its options are those of most models: no resampling, no norm modulated by the timestep, no hooked SiLU."""
         norms = isinstance(self.norm1, GroupNorm) and isinstance(self.norm2, GroupNorm)
-        parts = isinstance(self.nonlinearity, nn.SiLU) and self.upsample is None and self.downsample is None
+        silu = isinstance(self.nonlinearity, nn.SiLU) and is_bare(self.nonlinearity)
+        parts = silu and self.upsample is None and self.downsample is None
         return norms and parts and self.time_embedding_norm == "default" and not self.training
 
 

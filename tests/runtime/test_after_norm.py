@@ -181,6 +181,7 @@ ONLOOKERS = {  # who wants to be called; how many convolutions may still norm on
     "norm1": (lambda block: block.norm1.register_forward_hook(_hook), 1),
     "conv2": (lambda block: block.conv2.register_forward_pre_hook(_hook), 1),
     "dropout": (lambda block: block.dropout.register_forward_hook(_hook), 1),
+    "SiLU": (lambda block: block.nonlinearity.register_forward_hook(_hook), 0),
     "all modules": (lambda _: nn.modules.module.register_module_forward_hook(_hook), 0),
     "another forward": (lambda block: setattr(block.conv1, "forward", block.conv1.forward), 1),
 }
